@@ -16,6 +16,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crypto_box::SalsaBox;
 use crypto_box::aead::AeadInPlace;
@@ -286,13 +287,13 @@ pub const BOX_OVERHEAD: usize = NONCE_LEN + 16;
 
 /// A NaCl `crypto_box` between two keys: X25519, HSalsa20, XSalsa20-Poly1305.
 ///
-/// The sealed form is nonce (24 bytes) ‖ tag (16) ‖ ciphertext.
+/// The sealed form is nonce (24 bytes) ‖ tag (16) ‖ ciphertext. Clones share the computed key.
 #[derive(Clone)]
-pub struct SharedBox(SalsaBox);
+pub struct SharedBox(Arc<SalsaBox>);
 
 impl SharedBox {
     fn between(secret: &crypto_box::SecretKey, public: &[u8; KEY_LEN]) -> Self {
-        Self(SalsaBox::new(&crypto_box::PublicKey::from_bytes(*public), secret))
+        Self(Arc::new(SalsaBox::new(&crypto_box::PublicKey::from_bytes(*public), secret)))
     }
 
     /// Appends nonce, tag and ciphertext of `plaintext` to `out`. The nonce is drawn from `rng`.
@@ -321,9 +322,7 @@ impl SharedBox {
         let (nonce, rest) = sealed.split_first_chunk::<NONCE_LEN>()?;
         let (tag, body) = rest.split_first_chunk::<16>()?;
         let mut plaintext = body.to_vec();
-        self.0
-            .decrypt_in_place_detached(&(*nonce).into(), b"", &mut plaintext, &(*tag).into())
-            .ok()?;
+        self.0.decrypt_in_place_detached(&(*nonce).into(), b"", &mut plaintext, &(*tag).into()).ok()?;
         Some(plaintext)
     }
 }
