@@ -151,7 +151,7 @@ message! {
         /// A PCP gateway answered.
         pcp: Option<bool> = "PCP",
         /// The home region; `None` (0) does not overwrite a known one.
-        preferred_derp: Option<RegionId> = "PreferredDERP" via "crate::wire::lenient::region",
+        preferred_derp: Option<RegionId> = "PreferredDERP" via "mesh_derp::map::region_or_zero::deserialize",
         /// `wired`, `wifi` or `mobile`.
         link_type: String = "LinkType",
         /// Seconds to each region, by `"<region>-v4"` and `"<region>-v6"`.

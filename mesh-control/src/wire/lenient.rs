@@ -1,11 +1,9 @@
-//! Reading what Go's JSON decoder would read: `null` for anything, integers for text keys, zones in addresses.
+//! Reading what Go's JSON decoder would read: `null` for anything, zones in addresses.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 
-use mesh_derp::map::RegionId;
-use serde::de::value::U64Deserializer;
-use serde::de::{Deserialize, Deserializer, IntoDeserializer};
+use serde::de::{Deserialize, Deserializer};
 
 /// Reads a value, with `null` for its default.
 pub(crate) fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
@@ -37,13 +35,6 @@ where
 {
     let read = Option::<BTreeMap<K, Option<V>>>::deserialize(from)?;
     Ok(read.map(|map| map.into_iter().map(|(key, value)| (key, value.unwrap_or_default())).collect()))
-}
-
-/// Reads a region number, where 0, `null` and anything that is no region mean "none known".
-pub(crate) fn region<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RegionId>, D::Error> {
-    let number = Option::<i64>::deserialize(from)?.and_then(|number| u64::try_from(number).ok()).unwrap_or(0);
-    let number: U64Deserializer<serde::de::value::Error> = number.into_deserializer();
-    Ok(RegionId::deserialize(number).ok())
 }
 
 /// Reads a list of `address:port`. What cannot be used (empty, or no address) reads as `0.0.0.0:0`, so that a list

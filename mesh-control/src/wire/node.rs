@@ -45,7 +45,7 @@ message! {
         /// The home region in its old form, `127.3.3.40:<region>`; for clients before capability 111.
         legacy_derp: String = "DERP",
         /// The home region; `None`: not known.
-        home_derp: Option<RegionId> = "HomeDERP" via "crate::wire::lenient::region",
+        home_derp: Option<RegionId> = "HomeDERP" via "mesh_derp::map::region_or_zero::deserialize",
         /// The device, trimmed for peers.
         hostinfo: Option<Box<Hostinfo>> = "Hostinfo",
         /// Since when it is known.
@@ -98,10 +98,7 @@ impl Node {
     /// Its home region, from either form.
     #[must_use]
     pub fn home(&self) -> Option<RegionId> {
-        self.home_derp.or_else(|| {
-            let number: u64 = self.legacy_derp.strip_prefix("127.3.3.40:")?.parse().ok()?;
-            serde_json::from_value(number.into()).ok()
-        })
+        self.home_derp.or_else(|| self.legacy_derp.strip_prefix("127.3.3.40:")?.parse().ok())
     }
 
     /// The first label of its name.
@@ -171,7 +168,7 @@ message! {
         /// Which peer. An unknown one is ignored.
         node_id: NodeId = "NodeID" always,
         /// A new home region; `None` (0) stays.
-        derp_region: Option<RegionId> = "DERPRegion" via "crate::wire::lenient::region",
+        derp_region: Option<RegionId> = "DERPRegion" via "mesh_derp::map::region_or_zero::deserialize",
         /// A new capability version; 0 stays.
         cap: CapabilityVersion = "Cap",
         /// Replaces all capabilities.

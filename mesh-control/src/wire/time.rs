@@ -176,8 +176,7 @@ fn parse(text: &[u8]) -> Option<Timestamp> {
         }
         _ => return None,
     };
-    let seconds =
-        days_from_civil(year, month, day) * SECONDS_PER_DAY + hour * 3600 + minute * 60 + second - offset;
+    let seconds = days_from_civil(year, month, day) * SECONDS_PER_DAY + hour * 3600 + minute * 60 + second - offset;
     Some(Timestamp::from_unix(seconds, nanos))
 }
 
