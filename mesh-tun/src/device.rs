@@ -1,0 +1,42 @@
+//! Where packets come from and go to: a TUN device, a userspace stack, or memory.
+
+use std::fmt::Debug;
+use std::io;
+use std::time::Duration;
+
+use crate::batch::Batch;
+
+/// A source and sink of IP packets, used by plain threads in batches.
+///
+/// One thread reads and any number write; a device may allow more readers. Every packet is one whole IPv4 or IPv6 packet
+/// without link-layer header.
+pub trait Device: Send + Sync + Debug {
+    /// Appends packets to `batch`, waiting up to `timeout` for the first one, and returns how many were added.
+    ///
+    /// 0 means that `timeout` passed, or that `batch` was full.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::BrokenPipe`] for good after [`Device::close`]; anything else if the device failed.
+    fn read_batch(&self, batch: &mut Batch, timeout: Duration) -> io::Result<usize>;
+
+    /// Writes the packets of `batch` in order, passing over empty ones, and returns how many were taken.
+    ///
+    /// A packet that the device has no room for, or does not like, is dropped and counted by the device. The bytes of
+    /// `batch` are unspecified afterwards, the room before each packet included.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::BrokenPipe`] for good after [`Device::close`]; anything else if the device failed.
+    fn write_batch(&self, batch: &mut Batch) -> io::Result<usize>;
+
+    /// The largest packet in bytes that is read or should be written.
+    fn mtu(&self) -> usize;
+
+    /// Ends the device for all threads: blocked readers wake at once.
+    fn close(&self);
+}
+
+/// The error that a closed device answers with.
+#[must_use]
+pub fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the device is closed")
+}

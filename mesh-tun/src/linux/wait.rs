@@ -1,0 +1,83 @@
+//! Waiting for a descriptor, with a second one that ends all waiting for good.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+/// Ends every wait on it, now and later.
+#[derive(Debug)]
+pub(super) struct Closer {
+    event: OwnedFd,
+}
+
+/// What ended a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Woken {
+    /// The descriptor is ready, or has an error to report.
+    Ready,
+    /// Time is up.
+    TimedOut,
+    /// [`Closer::close`] was called.
+    Closed,
+}
+
+impl Closer {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self { event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
+    }
+
+    /// Wakes everyone who waits. The counter is never read back, so the descriptor stays ready.
+    pub(super) fn close(&self) {
+        // Fails only when the counter is about to overflow, and then the descriptor is ready already.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        matches!(self.wait(None, PollFlags::empty(), Duration::ZERO), Ok(Woken::Closed))
+    }
+
+    pub(super) fn readable(&self, fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<Woken> {
+        self.wait(Some(fd), PollFlags::IN, timeout)
+    }
+
+    pub(super) fn writable(&self, fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<Woken> {
+        self.wait(Some(fd), PollFlags::OUT, timeout)
+    }
+
+    fn wait(&self, fd: Option<BorrowedFd<'_>>, interest: PollFlags, timeout: Duration) -> io::Result<Woken> {
+        let event = self.event.as_fd();
+        let mut fds =
+            [PollFd::from_borrowed_fd(event, PollFlags::IN), PollFd::from_borrowed_fd(fd.unwrap_or(event), interest)];
+        // A timeout beyond what the system can express is as good as none.
+        let timeout = Timespec::try_from(timeout).ok();
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(0) => Ok(Woken::TimedOut),
+            Ok(_) if !fds[0].revents().is_empty() => Ok(Woken::Closed),
+            Ok(_) => Ok(Woken::Ready),
+            Err(rustix::io::Errno::INTR) => Ok(Woken::TimedOut),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_is_for_good() {
+        let closer = Closer::new().unwrap();
+        assert!(!closer.is_closed());
+        closer.close();
+        closer.close();
+        let other = Closer::new().unwrap();
+        for _ in 0..2 {
+            assert!(closer.is_closed());
+            assert_eq!(closer.readable(other.event.as_fd(), Duration::from_secs(60)).unwrap(), Woken::Closed);
+        }
+        assert_eq!(other.readable(closer.event.as_fd(), Duration::ZERO).unwrap(), Woken::Ready);
+        assert_eq!(Closer::new().unwrap().readable(other.event.as_fd(), Duration::ZERO).unwrap(), Woken::TimedOut);
+    }
+}
