@@ -1,0 +1,162 @@
+//! Curve, cipher and randomness for `snow`, on aws-lc.
+
+use std::sync::Arc;
+
+use aws_lc_rs::agreement::{self, PrivateKey, UnparsedPublicKey, X25519};
+use snow::Error;
+use snow::params::{CipherChoice, DHChoice, HashChoice};
+use snow::resolvers::{CryptoResolver, DefaultResolver};
+use snow::types::{Cipher, Dh, Hash, Random};
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+use crate::aead::{Aead, Order, TAG_LEN};
+
+const LEN: usize = 32;
+
+/// A static key with everything that can be computed once: parsed private half and public half.
+pub(crate) struct StaticKey {
+    bytes: Zeroizing<[u8; LEN]>,
+    private: PrivateKey,
+    public: [u8; LEN],
+}
+
+impl StaticKey {
+    pub(crate) fn new(bytes: &[u8; LEN]) -> Self {
+        let private = PrivateKey::from_private_key(&X25519, bytes).expect("any 32 bytes are an X25519 private key");
+        let mut public = [0; LEN];
+        public.copy_from_slice(private.compute_public_key().expect("a private key has a public key").as_ref());
+        Self { bytes: Zeroizing::new(*bytes), private, public }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8; LEN] {
+        &self.bytes
+    }
+
+    pub(crate) fn public(&self) -> &[u8; LEN] {
+        &self.public
+    }
+}
+
+/// Serves one handshake: one static key, one ephemeral.
+pub(crate) struct Resolver {
+    pub(crate) statik: Arc<StaticKey>,
+    pub(crate) ephemeral: Zeroizing<[u8; LEN]>,
+}
+
+impl CryptoResolver for Resolver {
+    fn resolve_rng(&self) -> Option<Box<dyn Random>> {
+        Some(Box::new(OneDraw(Some(self.ephemeral.clone()))))
+    }
+
+    fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn Dh>> {
+        match choice {
+            DHChoice::Curve25519 => Some(Box::new(X25519Dh { known: Arc::clone(&self.statik), key: None })),
+            _ => None,
+        }
+    }
+
+    fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn Hash>> {
+        DefaultResolver.resolve_hash(choice)
+    }
+
+    fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn Cipher>> {
+        match choice {
+            CipherChoice::ChaChaPoly => Some(Box::new(ChaChaPoly(Aead::new(&[0; LEN])))),
+            _ => None,
+        }
+    }
+}
+
+/// Gives its 32 bytes once. A handshake of ours generates one key; a second request would be a bug.
+struct OneDraw(Option<Zeroizing<[u8; LEN]>>);
+
+impl Random for OneDraw {
+    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), Error> {
+        let bytes = self.0.take().ok_or(Error::Rng)?;
+        if dest.len() != LEN {
+            return Err(Error::Rng);
+        }
+        dest.copy_from_slice(&*bytes);
+        Ok(())
+    }
+}
+
+struct X25519Dh {
+    /// Saves a scalar multiplication when `snow` sets the static key, which it does in every handshake.
+    known: Arc<StaticKey>,
+    key: Option<Arc<StaticKey>>,
+}
+
+impl Dh for X25519Dh {
+    fn name(&self) -> &'static str {
+        "25519"
+    }
+
+    fn pub_len(&self) -> usize {
+        LEN
+    }
+
+    fn priv_len(&self) -> usize {
+        LEN
+    }
+
+    fn set(&mut self, privkey: &[u8]) {
+        if bool::from(self.known.bytes[..].ct_eq(privkey)) {
+            self.key = Some(Arc::clone(&self.known));
+        } else if let Ok(bytes) = <&[u8; LEN]>::try_from(privkey) {
+            self.key = Some(Arc::new(StaticKey::new(bytes)));
+        }
+    }
+
+    fn generate(&mut self, rng: &mut dyn Random) -> Result<(), Error> {
+        let mut bytes = Zeroizing::new([0; LEN]);
+        rng.try_fill_bytes(&mut *bytes)?;
+        self.key = Some(Arc::new(StaticKey::new(&bytes)));
+        Ok(())
+    }
+
+    fn pubkey(&self) -> &[u8] {
+        self.key.as_ref().map_or(&[0; LEN], |key| &key.public[..])
+    }
+
+    fn privkey(&self) -> &[u8] {
+        self.key.as_ref().map_or(&[0; LEN], |key| &key.bytes[..])
+    }
+
+    fn dh(&self, pubkey: &[u8], out: &mut [u8]) -> Result<(), Error> {
+        let key = self.key.as_ref().ok_or(Error::Dh)?;
+        let (remote, out) = (pubkey.get(..LEN).ok_or(Error::Dh)?, out.get_mut(..LEN).ok_or(Error::Dh)?);
+        // aws-lc reports an all-zero result, which is what every low-order point leads to, as a failure.
+        agreement::agree(&key.private, UnparsedPublicKey::new(&X25519, remote), Error::Dh, |shared| {
+            out.copy_from_slice(shared);
+            Ok(())
+        })
+    }
+}
+
+struct ChaChaPoly(Aead);
+
+impl Cipher for ChaChaPoly {
+    fn name(&self) -> &'static str {
+        "ChaChaPoly"
+    }
+
+    fn set(&mut self, key: &[u8; LEN]) {
+        self.0 = Aead::new(key);
+    }
+
+    fn encrypt(&self, nonce: u64, authtext: &[u8], plaintext: &[u8], out: &mut [u8]) -> usize {
+        let (text, tag) = out.split_at_mut(plaintext.len());
+        text.copy_from_slice(plaintext);
+        tag[..TAG_LEN].copy_from_slice(&self.0.seal(nonce, Order::Little, authtext, text));
+        plaintext.len() + TAG_LEN
+    }
+
+    fn decrypt(&self, nonce: u64, authtext: &[u8], ciphertext: &[u8], out: &mut [u8]) -> Result<usize, Error> {
+        let len = ciphertext.len().checked_sub(TAG_LEN).ok_or(Error::Decrypt)?;
+        let out = out.get_mut(..len).ok_or(Error::Decrypt)?;
+        self.0.open_into(nonce, Order::Little, authtext, ciphertext, out).map_err(|_| Error::Decrypt)?;
+        Ok(len)
+    }
+}

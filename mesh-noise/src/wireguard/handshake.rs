@@ -1,0 +1,111 @@
+//! The handshake's messages as bytes: Noise inside, indices around it, MACs at the end (whitepaper §5.4.2, §5.4.3).
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Reject;
+use super::cookie::Stamper;
+use super::message::{INITIATION_LEN, Initiation, RESPONSE_LEN, Response};
+use super::timestamp::Timestamp;
+use crate::key::{NodePrivate, NodePublic, PresharedKey};
+use crate::noise::NoiseError;
+use crate::noise::ikpsk2::{Initiator, Responder, TransportKeys};
+use crate::noise::resolver::StaticKey;
+
+/// The interface's own key, with what is computed from it once.
+#[derive(Clone)]
+pub(crate) struct Identity {
+    statik: Arc<StaticKey>,
+    public: NodePublic,
+}
+
+impl Identity {
+    pub(crate) fn new(private: &NodePrivate) -> Self {
+        let statik = Arc::new(StaticKey::new(private.expose_secret()));
+        let public = NodePublic::from_bytes(*statik.public());
+        Self { statik, public }
+    }
+
+    pub(crate) fn public(&self) -> &NodePublic {
+        &self.public
+    }
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Identity").field(&self.public).finish()
+    }
+}
+
+impl From<NoiseError> for Reject {
+    fn from(error: NoiseError) -> Self {
+        if error == NoiseError::LowOrder { Self::LowOrder } else { Self::Authentication }
+    }
+}
+
+/// An initiation of ours that waits for its response.
+pub(crate) struct InFlight {
+    pub(crate) index: u32,
+    noise: Initiator,
+}
+
+impl fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InFlight").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// What one initiation is made of, beside the keys.
+pub(crate) struct Ingredients {
+    pub(crate) now: Instant,
+    pub(crate) index: u32,
+    pub(crate) timestamp: Timestamp,
+    pub(crate) ephemeral: [u8; 32],
+}
+
+impl InFlight {
+    pub(crate) fn start(
+        identity: &Identity,
+        peer: &NodePublic,
+        stamper: &mut Stamper,
+        with: Ingredients,
+    ) -> Result<(Self, [u8; INITIATION_LEN]), NoiseError> {
+        let (noise, message) = Initiator::start(&identity.statik, peer, &with.timestamp.to_bytes(), with.ephemeral)?;
+        let mut datagram = Initiation { sender: with.index, noise: message }.to_bytes();
+        stamper.stamp(with.now, &mut datagram);
+        Ok((Self { index: with.index, noise }, datagram))
+    }
+
+    pub(crate) fn finish(&mut self, psk: &PresharedKey, response: &Response) -> Result<TransportKeys, Reject> {
+        Ok(self.noise.finish(psk, &response.noise)?)
+    }
+}
+
+/// An initiation that opened: it comes from `peer`, if it is not a replay.
+pub(crate) struct Asked {
+    pub(crate) peer: NodePublic,
+    pub(crate) timestamp: Timestamp,
+    pub(crate) sender: u32,
+    noise: Responder,
+}
+
+impl Asked {
+    pub(crate) fn read(identity: &Identity, message: &Initiation, ephemeral: [u8; 32]) -> Result<Self, Reject> {
+        let (noise, peer, payload) = Responder::read(&identity.statik, &message.noise, ephemeral)?;
+        Ok(Self { peer, timestamp: Timestamp::from_bytes(payload), sender: message.sender, noise })
+    }
+
+    pub(crate) fn answer(
+        self,
+        now: Instant,
+        psk: &PresharedKey,
+        index: u32,
+        stamper: &mut Stamper,
+    ) -> Result<([u8; RESPONSE_LEN], TransportKeys), Reject> {
+        let (noise, keys) = self.noise.respond(psk)?;
+        let mut datagram = Response { sender: index, receiver: self.sender, noise }.to_bytes();
+        stamper.stamp(now, &mut datagram);
+        Ok((datagram, keys))
+    }
+}
