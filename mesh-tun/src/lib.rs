@@ -4,8 +4,10 @@ pub mod batch;
 pub mod channel;
 pub mod device;
 mod error;
+pub mod filter;
 #[cfg(target_os = "linux")]
 pub mod linux;
 pub mod packet;
+pub mod plan;
 
 pub use error::Error;

@@ -1,5 +1,11 @@
 //! Linux: batched UDP sockets, the TUN device, and the network configuration over netlink.
 
+#[cfg(feature = "tokio")]
+pub mod interfaces;
+#[cfg(feature = "tokio")]
+pub mod monitor;
+#[cfg(feature = "tokio")]
+pub mod netlink;
 mod sys;
 pub mod tun;
 pub mod udp;

@@ -9,6 +9,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// The most datagrams that one call moves.
 pub(super) const MAX_MESSAGES: usize = 64;
 
+#[expect(clippy::cast_possible_truncation, reason = "address families are small numbers")]
+const AF_INET: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
+#[expect(clippy::cast_possible_truncation, reason = "address families are small numbers")]
+const AF_INET6: libc::sa_family_t = libc::AF_INET6 as libc::sa_family_t;
+
 /// A socket address as the kernel writes it: IPv4 or IPv6, told apart by the family that both begin with.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -114,7 +119,7 @@ fn raw(address: SocketAddr) -> (Address, libc::socklen_t) {
     match address {
         SocketAddr::V4(v4) => {
             let address = libc::sockaddr_in {
-                sin_family: libc::AF_INET as _,
+                sin_family: AF_INET,
                 sin_port: v4.port().to_be(),
                 sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
                 sin_zero: [0; 8],
@@ -123,7 +128,7 @@ fn raw(address: SocketAddr) -> (Address, libc::socklen_t) {
         }
         SocketAddr::V6(v6) => {
             let address = libc::sockaddr_in6 {
-                sin6_family: libc::AF_INET6 as _,
+                sin6_family: AF_INET6,
                 sin6_port: v6.port().to_be(),
                 sin6_flowinfo: v6.flowinfo(),
                 sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
@@ -138,7 +143,7 @@ fn address(name: &MaybeUninit<Address>, len: libc::socklen_t) -> Option<SocketAd
     if len >= socklen::<libc::sockaddr_in6>() {
         // SAFETY: the kernel reports that it wrote a whole `sockaddr_in6`, for which any bytes are valid.
         let v6 = unsafe { name.assume_init_ref().v6 };
-        return (i32::from(v6.sin6_family) == libc::AF_INET6).then(|| {
+        return (v6.sin6_family == AF_INET6).then(|| {
             let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
             SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), v6.sin6_flowinfo, v6.sin6_scope_id).into()
         });
@@ -149,7 +154,7 @@ fn address(name: &MaybeUninit<Address>, len: libc::socklen_t) -> Option<SocketAd
     // SAFETY: the kernel reports that it wrote at least a whole `sockaddr_in`, for which any bytes are valid. Reading
     // the field copies no more than those bytes.
     let v4 = unsafe { (*name.as_ptr()).v4 };
-    (i32::from(v4.sin_family) == libc::AF_INET).then(|| {
+    (v4.sin_family == AF_INET).then(|| {
         let ip = Ipv4Addr::from(v4.sin_addr.s_addr.to_ne_bytes());
         SocketAddrV4::new(ip, u16::from_be(v4.sin_port)).into()
     })

@@ -123,9 +123,12 @@ impl UdpBatch {
             socket.bind(&address.into())?;
             socket.local_addr()?.as_socket().ok_or_else(|| io::Error::other("the socket has no IP address"))
         };
-        let local = prepare().map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => Error::AddressInUse { address },
-            _ => Error::system(what(), error),
+        let local = prepare().map_err(|error| {
+            if error.kind() == io::ErrorKind::AddrInUse {
+                Error::AddressInUse { address }
+            } else {
+                Error::system(what(), error)
+            }
         })?;
         // The plain options are capped by the administrator's limit, the forced ones need privilege: take what we get.
         if sockopt::set_socket_recv_buffer_size_force(&socket, config.receive_buffer).is_err() {

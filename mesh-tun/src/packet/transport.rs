@@ -151,9 +151,11 @@ mod tests {
     #[test]
     fn icmp_types_are_told_apart_by_version() {
         let echo = |kind| [kind, 0, 0, 0, 0x12, 0x34, 0, 1];
-        let class = |protocol, kind| match Transport::parse(protocol, &echo(kind)).unwrap() {
-            Transport::Icmp { class, .. } => class,
-            other => panic!("{other:?}"),
+        let class = |protocol, kind| {
+            let Ok(Transport::Icmp { class, .. }) = Transport::parse(protocol, &echo(kind)) else {
+                panic!("{protocol} type {kind} is not read as ICMP")
+            };
+            class
         };
         assert_eq!(class(Protocol::ICMP, 8), IcmpClass::EchoRequest);
         assert_eq!(class(Protocol::ICMP, 0), IcmpClass::EchoReply);
