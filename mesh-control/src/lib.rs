@@ -1,5 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+pub mod channel;
+#[cfg(feature = "tokio")]
+pub mod driver;
 pub mod version;
 pub mod wire;

@@ -120,7 +120,7 @@ fn an_answer_with_nulls_everywhere_is_read() {
     assert!(node.cap_map["a"].is_empty() && node.allowed_ips.is_none() && node.home_derp.is_none());
     assert!(response.dns_config.unwrap().routes["x"].is_empty());
     assert_eq!(response.packet_filters["base"], None);
-    assert_eq!(response.online_change[&NodeId(7)], true);
+    assert!(response.online_change[&NodeId(7)]);
     assert_eq!(response.ssh_policy, None);
 }
 

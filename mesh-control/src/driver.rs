@@ -1,0 +1,3 @@
+//! The tokio part: sockets, clocks and nothing else that decides.
+
+pub mod stream;
