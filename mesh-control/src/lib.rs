@@ -4,5 +4,6 @@
 pub mod channel;
 #[cfg(feature = "tokio")]
 pub mod driver;
+pub mod netmap;
 pub mod version;
 pub mod wire;

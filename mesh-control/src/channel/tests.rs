@@ -121,7 +121,9 @@ fn recorded_sessions_are_served_byte_for_byte() {
                 assert_eq!(drain(&mut server.records), plaintext);
             } else {
                 if plaintext.starts_with(&EARLY_MAGIC) {
-                    assert!(matches!(early_payload(&plaintext), Ok(EarlyPayload::Present(_, length)) if length == plaintext.len()));
+                    assert!(
+                        matches!(early_payload(&plaintext), Ok(EarlyPayload::Present(_, length)) if length == plaintext.len())
+                    );
                     early_seen = true;
                 }
                 server.records.write(&plaintext).unwrap();

@@ -72,11 +72,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> NoiseStream<S> {
         channel.records.consume_output(sealed);
         inner.write_all(&flight).await?;
         inner.flush().await?;
-        Ok(Accepted {
-            version: channel.version,
-            machine: channel.machine,
-            stream: Self::new(inner, channel.records),
-        })
+        Ok(Accepted { version: channel.version, machine: channel.machine, stream: Self::new(inner, channel.records) })
     }
 }
 
@@ -195,8 +191,7 @@ mod tests {
         let sent: Vec<u8> = (0..200_000_u32).map(|at| at.to_le_bytes()[0]).collect();
 
         let server = async {
-            let accepted =
-                NoiseStream::accept(far, &control, &initiation, Some(&early), &mut rng).await.unwrap();
+            let accepted = NoiseStream::accept(far, &control, &initiation, Some(&early), &mut rng).await.unwrap();
             assert_eq!((accepted.version, accepted.machine), (CapabilityVersion::CURRENT, machine.public()));
             let (mut read, mut write) = tokio::io::split(accepted.stream);
             tokio::io::copy(&mut read, &mut write).await.unwrap();
