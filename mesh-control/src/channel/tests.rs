@@ -199,7 +199,7 @@ fn malformed_records_are_named() {
 #[test]
 fn a_refusal_is_shown_on_one_line() {
     let (mut client, _) = handshake(130);
-    assert_eq!(client.receive(&[3, 0]).unwrap().is_none(), true);
+    assert!(client.receive(&[3, 0]).unwrap().is_none());
     assert_eq!(client.receive(b"\x07no\nway!").err(), Some(ChannelError::Refused("noway!".into())));
 }
 
