@@ -57,7 +57,7 @@ pub struct Tun {
 }
 
 impl Tun {
-    /// Makes the interface and brings it up, without addresses.
+    /// Makes the interface, without addresses and down: see [`crate::plan`] for the rest.
     ///
     /// # Errors
     /// [`Error::NoPermission`], [`Error::NoTun`], [`Error::DeviceBusy`] and [`Error::BadName`] say what to do.
@@ -72,6 +72,7 @@ impl Tun {
             .mtu(config.mtu)
             .tx_queue_len(config.queue_len)
             .offload(false)
+            .enable(false)
             .build_sync()
             .map_err(|error| match error.raw_os_error() {
                 Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => Error::NoTun,
