@@ -1,9 +1,13 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "server")]
+pub mod admin;
 pub mod channel;
 #[cfg(feature = "tokio")]
 pub mod driver;
 pub mod netmap;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod version;
 pub mod wire;
