@@ -1,1 +1,15 @@
 #![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod classify;
+pub mod disco;
+
+pub mod path;
+pub mod report;
+pub mod stun;
+mod timer;
+
+pub use agent::{Agent, Reject};
+pub use classify::{Class, classify};
+pub use path::{Family, Path, SocketId, Vni};

@@ -1,0 +1,700 @@
+//! Finds and keeps the best path to every peer: one core for a node.
+//!
+//! ```text
+//!                    traffic, call-me-maybe, new candidate
+//!   relay (or none) ──────────────────────────────────────► probing: ping every candidate,
+//!        ▲                                                   call-me-maybe through the peer's relay
+//!        │ no pong for 6.5 s, or                                        │ pong
+//!        │ a heartbeat and its repetitions unanswered                   ▼
+//!        └──────────────────────────────────────────────────────── direct: heartbeat every 3 s while there is
+//!                                                                  traffic, trusted 6.5 s after each pong
+//! ```
+//!
+//! Both ends do the same; nobody is in control. Data goes by relay until a pong has proven an address, so searching
+//! never delays it. What keeps both directions in step is the *triggered check*: a ping that arrives from an address
+//! which has not answered us lately is answered and pinged back at once. With it, two nodes behind NATs that keep one
+//! mapping per socket are direct both ways two and a half relay round trips after the first packet:
+//!
+//! ```text
+//!   A ── ping to B's listed addresses (opens A's NAT, dies at B's) ──►
+//!   A ── call-me-maybe, through the relay ──────────────────────────► B
+//!   A ◄──────────────────────── pings to all of A's addresses ─────── B
+//!   A ── pong, and a ping back at once ─────────────────────────────► B    B is direct
+//!   A ◄──────────────────────────────────────────────────── pong ──── B    A is direct
+//! ```
+//!
+//! Deployed peers work the same way but for the triggered check, and in their eyes we are one of them: they forget an
+//! address that an earlier call-me-maybe of ours listed and the latest does not, so every list holds all addresses of
+//! ours that work, including those that only the peer can see.
+//!
+//! Calls come in four kinds, in the order of the crate's drain rule: commands ([`Agent::set_peer`],
+//! [`Agent::traffic`], [`Agent::ping`], …), inputs ([`Agent::handle_datagram`], [`Agent::handle_timeout`]), outputs
+//! (`poll_*`), and getters. After each command or input, drain the outputs.
+//!
+//! Not in here: peer relays (their messages are read, and refused as [`Reject::Unsupported`]), port mapping, and
+//! everything that opens more sockets to get through NATs that map per destination.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mesh_derp::map::RegionId;
+use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePublic};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use crate::disco::message::{DecodeError, TxId};
+use crate::path::candidate::Target;
+use crate::path::probe::Probe;
+use crate::path::{Family, Path, SocketId};
+use crate::timer::TimerTable;
+
+mod incoming;
+mod peer;
+mod search;
+
+#[cfg(test)]
+mod tests;
+
+use peer::Peer;
+
+/// Which paths may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Direct where possible, else the relay. The default.
+    #[default]
+    Auto,
+    /// Only relays: nothing is sent by UDP, and pings that arrive by it are not answered.
+    Relay,
+    /// Only direct. Relays still carry the signalling that makes it possible.
+    Direct,
+}
+
+/// How often things are done. The defaults are those of deployed peers; change them in tests only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// Between pings of the path in use while there is traffic. 3 s.
+    pub heartbeat: Duration,
+    /// How long a pong proves a path. 6.5 s.
+    pub trust: Duration,
+    /// How long a peer counts as active after traffic; also how long a learnt address lives. 45 s.
+    pub active: Duration,
+    /// How long a ping may take. 5 s.
+    pub ping_timeout: Duration,
+    /// Between two searches' pings to one address, and between call-me-maybes. 5 s.
+    pub search: Duration,
+    /// Between searches for something better than a working path that is slower than `good_enough`. 60 s.
+    pub upgrade: Duration,
+    /// No search for better below this. 5 ms.
+    pub good_enough: Duration,
+    /// Older lists of our own addresses are sent, and refreshed at the same time. 27 s.
+    pub endpoints_fresh: Duration,
+    /// Wait before an unanswered heartbeat is repeated, where the round trip does not ask for more. 400 ms.
+    pub retry: Duration,
+    /// Repetitions before a silent path is given up. 3.
+    pub retries: u8,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_secs(3),
+            trust: Duration::from_millis(6500),
+            active: Duration::from_secs(45),
+            ping_timeout: Duration::from_secs(5),
+            search: Duration::from_secs(5),
+            upgrade: Duration::from_secs(60),
+            good_enough: Duration::from_millis(5),
+            endpoints_fresh: Duration::from_secs(27),
+            retry: Duration::from_millis(400),
+            retries: 3,
+        }
+    }
+}
+
+/// What control says about a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// Its node key.
+    pub node: NodePublic,
+    /// Its disco key. All zero while unknown: then only the relay is used.
+    pub disco: DiscoPublic,
+    /// Its home region.
+    pub home: Option<RegionId>,
+    /// Where it may be reached. Unusable addresses and all beyond the first hundred are ignored.
+    pub endpoints: Vec<SocketAddr>,
+}
+
+/// Where a datagram came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// The way it came.
+    pub path: Path,
+    /// Who sent it, according to the relay. `None` for UDP.
+    pub node: Option<NodePublic>,
+}
+
+impl Source {
+    /// A datagram that `socket` received from `remote`.
+    #[must_use]
+    pub const fn direct(socket: SocketId, remote: SocketAddr) -> Self {
+        Self { path: Path::Direct { socket, remote }, node: None }
+    }
+
+    /// A packet that the relay of `region` delivered from `node`.
+    #[must_use]
+    pub const fn relay(region: RegionId, node: NodePublic) -> Self {
+        Self { path: Path::Relay { region }, node: Some(node) }
+    }
+}
+
+/// A datagram to send.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transmit {
+    /// Along which way.
+    pub path: Path,
+    /// For whom; relays need to know.
+    pub peer: NodePublic,
+    /// What.
+    pub datagram: Vec<u8>,
+}
+
+/// Names one user ping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PingId(pub(crate) u64);
+
+/// What the caller should know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// Data for the peer goes along another way from now on. `None`: there is none.
+    PathChanged {
+        /// The peer.
+        peer: NodePublic,
+        /// The way.
+        path: Option<Path>,
+    },
+    /// A user ping was answered.
+    PingAnswered {
+        /// Which.
+        id: PingId,
+        /// By whom.
+        peer: NodePublic,
+        /// The way that it went.
+        path: Path,
+        /// There and back.
+        latency: Duration,
+    },
+    /// A user ping was not answered in time, or there was no way to send it.
+    PingFailed {
+        /// Which.
+        id: PingId,
+        /// Who did not answer.
+        peer: NodePublic,
+    },
+    /// Our own addresses are unknown or old: ask STUN servers and call [`Agent::set_endpoints`], changed or not.
+    NeedEndpoints,
+    /// An address is known to be the peer's: WireGuard messages from it can be attributed.
+    PeerMapped {
+        /// The peer.
+        peer: NodePublic,
+        /// The socket that sees the address.
+        socket: SocketId,
+        /// The address.
+        remote: SocketAddr,
+    },
+}
+
+/// Why a datagram was ignored. Nothing has changed then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Reject {
+    /// Not a disco datagram.
+    #[error("not a disco datagram")]
+    NotDisco,
+    /// No peer has the sender's disco key. No cryptography was attempted.
+    #[error("sender's disco key is unknown")]
+    UnknownSender,
+    /// The box does not open: corrupt, or sealed for a key that we no longer have.
+    #[error("box does not open")]
+    Unsealed,
+    /// The box holds no message.
+    #[error("malformed message: {0}")]
+    Malformed(#[from] DecodeError),
+    /// A message that is only believed when it comes through a relay.
+    #[error("message must come through a relay")]
+    NotOverRelay,
+    /// The relay names another node than the one whose disco key sealed the message.
+    #[error("relay's sender does not hold the disco key")]
+    WrongNode,
+    /// A pong to no ping of ours, or too late.
+    #[error("pong answers no ping")]
+    UnexpectedPong,
+    /// Direct paths are switched off.
+    #[error("direct paths are switched off")]
+    Disabled,
+    /// Part of the peer-relay protocol, which is not in use.
+    #[error("peer relays are not supported")]
+    Unsupported,
+}
+
+/// What did not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Datagrams dropped because the caller did not drain [`Agent::poll_transmit`].
+    pub transmits_dropped: u64,
+    /// Pings not sent because a peer had used up its budget.
+    pub pings_suppressed: u64,
+    /// Addresses not remembered because a peer had too many.
+    pub candidates_refused: u64,
+}
+
+/// What is known about a peer's paths, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerStatus {
+    /// Where data goes.
+    pub path: Option<Path>,
+    /// Smoothed round trip of the direct path in use.
+    pub latency: Option<Duration>,
+    /// Since when `path` is what it is.
+    pub since: Instant,
+    /// Addresses known.
+    pub candidates: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Heartbeat(NodePublic),
+    Retry(NodePublic),
+    Trust(NodePublic),
+    Probe(TxId),
+    UserPing(PingId),
+    Endpoints,
+}
+
+/// Datagrams that wait to be polled; more are dropped and counted.
+const MAX_TRANSMITS: usize = 8192;
+/// User pings that may be under way.
+const MAX_USER_PINGS: usize = 256;
+
+/// The paths of one node to all its peers.
+pub struct Agent {
+    disco: DiscoPrivate,
+    disco_public: DiscoPublic,
+    node: NodePublic,
+    rng: StdRng,
+    timing: Timing,
+    mode: Mode,
+    /// The latest time that was passed in.
+    now: Instant,
+    sockets: Vec<(SocketId, Family)>,
+    endpoints: Vec<SocketAddr>,
+    endpoints_at: Option<Instant>,
+    endpoints_asked: Option<Instant>,
+    peers: BTreeMap<NodePublic, Peer>,
+    by_disco: BTreeMap<DiscoPublic, BTreeSet<NodePublic>>,
+    /// Whose an address is.
+    owners: BTreeMap<Target, NodePublic>,
+    probes: BTreeMap<TxId, Probe>,
+    user_pings: BTreeMap<PingId, NodePublic>,
+    next_ping: u64,
+    timers: TimerTable<Timer>,
+    transmits: VecDeque<Transmit>,
+    events: VecDeque<Event>,
+    counters: Counters,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent")
+            .field("node", &self.node)
+            .field("mode", &self.mode)
+            .field("peers", &self.peers.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// An agent for the node `node`, whose disco key is `disco`. All its random numbers come from `seed`.
+    #[must_use]
+    pub fn new(now: Instant, disco: DiscoPrivate, node: NodePublic, seed: [u8; 32]) -> Self {
+        Self {
+            disco_public: disco.public(),
+            disco,
+            node,
+            rng: StdRng::from_seed(seed),
+            timing: Timing::default(),
+            mode: Mode::Auto,
+            now,
+            sockets: Vec::new(),
+            endpoints: Vec::new(),
+            endpoints_at: None,
+            endpoints_asked: None,
+            peers: BTreeMap::new(),
+            by_disco: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            probes: BTreeMap::new(),
+            user_pings: BTreeMap::new(),
+            next_ping: 0,
+            timers: TimerTable::new(),
+            transmits: VecDeque::new(),
+            events: VecDeque::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The same agent with other timing.
+    #[must_use]
+    pub const fn with_timing(mut self, timing: Timing) -> Self {
+        self.timing = timing;
+        self
+    }
+
+    // Commands
+
+    /// Our own node key has changed (it rotates when the owner signs in again); pings name the new one from now on.
+    pub const fn set_node(&mut self, node: NodePublic) {
+        self.node = node;
+    }
+
+    /// Adds a peer or changes what is known about it. A changed disco key keeps paths and candidates.
+    pub fn set_peer(&mut self, now: Instant, config: PeerConfig) {
+        self.tick(now);
+        let node = config.node;
+        let old_disco = self.peers.get(&node).map(|peer| peer.disco);
+        if let Some(old) = old_disco
+            && old != config.disco
+        {
+            self.unindex(&node, &old);
+        }
+        if !config.disco.is_zero() {
+            self.by_disco.entry(config.disco).or_default().insert(node);
+        }
+        let peer = self.peers.entry(node).or_insert_with(|| Peer::new(now, config.disco));
+        if peer.disco != config.disco {
+            peer.disco = config.disco;
+            peer.shared = None;
+        }
+        peer.home = config.home;
+        let fresh = peer.set_listed(now, &self.sockets, config.endpoints, &mut self.counters);
+        let engaged = peer.engaged(now, &self.timing);
+        self.reselect(node);
+        if engaged && self.mode != Mode::Relay {
+            for target in fresh {
+                self.probe_within_budget(node, target);
+            }
+        }
+    }
+
+    /// Forgets a peer. Its user pings fail.
+    pub fn remove_peer(&mut self, node: &NodePublic) {
+        let Some(peer) = self.peers.remove(node) else { return };
+        self.unindex(node, &peer.disco);
+        self.owners.retain(|_, owner| owner != node);
+        let probes: Vec<_> = self.probes.iter().filter(|(_, probe)| probe.peer == *node).map(|(tx, _)| *tx).collect();
+        for tx in probes {
+            self.probes.remove(&tx);
+            self.timers.clear(Timer::Probe(tx));
+        }
+        let pings: Vec<_> = self.user_pings.iter().filter(|(_, peer)| *peer == node).map(|(id, _)| *id).collect();
+        for id in pings {
+            self.user_pings.remove(&id);
+            self.timers.clear(Timer::UserPing(id));
+            self.events.push_back(Event::PingFailed { id, peer: *node });
+        }
+        for timer in [Timer::Heartbeat(*node), Timer::Retry(*node), Timer::Trust(*node)] {
+            self.timers.clear(timer);
+        }
+    }
+
+    /// Our own addresses, best first: they go into call-me-maybes. Call it after each [`Event::NeedEndpoints`].
+    ///
+    /// If they have changed, active peers without a direct path hear of it at once.
+    pub fn set_endpoints(&mut self, now: Instant, endpoints: Vec<SocketAddr>) {
+        self.tick(now);
+        let mut list = Vec::new();
+        for endpoint in endpoints {
+            let endpoint = SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port());
+            if !list.contains(&endpoint) {
+                list.push(endpoint);
+            }
+        }
+        let news = list.len() != self.endpoints.len() || list.iter().any(|new| !self.endpoints.contains(new));
+        self.endpoints = list;
+        self.endpoints_at = Some(now);
+        self.endpoints_asked = None;
+        if !news {
+            return;
+        }
+        for node in self.engaged_peers() {
+            if self.peers.get(&node).is_some_and(|peer| peer.best.is_none()) {
+                self.send_call(node);
+            }
+        }
+    }
+
+    /// Our sockets. Candidates are tried from the first socket of their family. A change counts as [`Self::rebind`].
+    pub fn set_sockets(&mut self, sockets: Vec<(SocketId, Family)>) {
+        if sockets == self.sockets {
+            return;
+        }
+        self.sockets = sockets;
+        let now = self.now;
+        for peer in self.peers.values_mut() {
+            peer.candidates.retain(|target| self.sockets.iter().any(|(id, _)| *id == target.socket));
+            let listed = std::mem::take(&mut peer.listed);
+            peer.set_listed(now, &self.sockets, listed, &mut self.counters);
+        }
+        let sockets = &self.sockets;
+        self.owners.retain(|target, _| sockets.iter().any(|(id, _)| *id == target.socket));
+        self.rebind(now);
+    }
+
+    /// Says which paths may be used. Leaving a path takes effect at once.
+    pub fn set_mode(&mut self, mode: Mode) {
+        if mode != self.mode {
+            self.mode = mode;
+            self.rebind(self.now);
+        }
+    }
+
+    /// The network below has changed: forgets what has been proven, asks for our addresses, and searches anew for all
+    /// peers with recent traffic.
+    pub fn rebind(&mut self, now: Instant) {
+        self.tick(now);
+        self.endpoints_at = None;
+        self.endpoints_asked = None;
+        let stale: Vec<_> = self
+            .probes
+            .iter()
+            .filter(|(_, probe)| probe.path.is_direct() && probe.user.is_none())
+            .map(|(tx, _)| *tx)
+            .collect();
+        for tx in stale {
+            self.probes.remove(&tx);
+            self.timers.clear(Timer::Probe(tx));
+        }
+        for peer in self.peers.values_mut() {
+            peer.candidates.values_mut().for_each(crate::path::candidate::Candidate::forget);
+        }
+        for node in self.peers.keys().copied().collect::<Vec<_>>() {
+            self.reselect(node);
+        }
+        for node in self.engaged_peers() {
+            self.search(node, search::Urgency::Event);
+        }
+    }
+
+    /// The system says that `remote` cannot be reached from `socket`: what was proven about it no longer holds.
+    pub fn unreachable(&mut self, now: Instant, socket: SocketId, remote: SocketAddr) {
+        self.tick(now);
+        let target = Target { socket, remote };
+        let affected: Vec<_> = self
+            .peers
+            .iter_mut()
+            .filter_map(|(node, peer)| {
+                peer.candidates.get_mut(&target)?.proven = None;
+                Some(*node)
+            })
+            .collect();
+        for node in affected {
+            self.reselect(node);
+        }
+    }
+
+    /// We have sent data to `peer` lately. Call it at least every few seconds while that is so; more often is harmless.
+    pub fn traffic(&mut self, now: Instant, peer: &NodePublic) {
+        self.tick(now);
+        let Some(state) = self.peers.get_mut(peer) else { return };
+        state.sent = Some(now);
+        if self.mode == Mode::Relay || self.sockets.is_empty() {
+            return;
+        }
+        let searching = state.best.is_none();
+        self.timers.set_if_absent(Timer::Heartbeat(*peer), now + self.timing.heartbeat);
+        self.arm_endpoints();
+        if searching {
+            self.search(*peer, search::Urgency::Routine);
+        }
+    }
+
+    /// Learns that `peer` was heard through the relay of `region`: the way of last resort to a peer without a home.
+    pub fn heard_by_relay(&mut self, peer: &NodePublic, region: RegionId) {
+        if let Some(state) = self.peers.get_mut(peer)
+            && state.heard.replace(region) != Some(region)
+        {
+            self.refresh(*peer);
+        }
+    }
+
+    /// Pings `peer` for a user: along the direct path if there is one, else through its relay, searching for a direct
+    /// one at the same time. `size` pads the datagram to that many bytes, at least 124 and at most 9,000.
+    ///
+    /// Ends with [`Event::PingAnswered`], or after 5 s with [`Event::PingFailed`].
+    pub fn ping(&mut self, now: Instant, peer: &NodePublic, size: Option<usize>) -> PingId {
+        self.tick(now);
+        let id = PingId(self.next_ping);
+        self.next_ping += 1;
+        let usable = self.peers.get(peer).is_some_and(|state| !state.disco.is_zero());
+        if !usable || self.user_pings.len() >= MAX_USER_PINGS {
+            self.events.push_back(Event::PingFailed { id, peer: *peer });
+            return id;
+        }
+        self.user_pings.insert(id, *peer);
+        self.timers.set(Timer::UserPing(id), now + self.timing.ping_timeout);
+        match self.path(peer) {
+            Some(path) => self.send_ping(*peer, path, Some(id.0), size.unwrap_or(0)),
+            None => self.ping_all_for_user(*peer, id),
+        }
+        self.traffic(now, peer);
+        id
+    }
+
+    // Inputs
+
+    /// Does whatever is due at `now`. Calling early, late or twice is harmless.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.tick(now);
+        while let Some(timer) = self.timers.pop_due(self.now) {
+            match timer {
+                Timer::Heartbeat(node) => self.heartbeat(node),
+                Timer::Retry(node) => self.retry(node),
+                Timer::Trust(node) => self.lost(node),
+                Timer::Probe(tx) => {
+                    self.probes.remove(&tx);
+                }
+                Timer::UserPing(id) => {
+                    if let Some(peer) = self.user_pings.remove(&id) {
+                        self.events.push_back(Event::PingFailed { id, peer });
+                    }
+                }
+                Timer::Endpoints => self.endpoints_due(),
+            }
+        }
+    }
+
+    // Outputs
+
+    /// The next datagram to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.transmits.pop_front()
+    }
+
+    /// The next fact to know.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.timers.next()
+    }
+
+    // Getters
+
+    /// Where data for `peer` goes now.
+    #[must_use]
+    pub fn path(&self, peer: &NodePublic) -> Option<Path> {
+        self.peers.get(peer).and_then(|peer| peer.path(self.mode))
+    }
+
+    /// Whose the address is that `socket` sees as `remote`.
+    #[must_use]
+    pub fn owner(&self, socket: SocketId, remote: SocketAddr) -> Option<NodePublic> {
+        self.owners.get(&Target { socket, remote }).copied()
+    }
+
+    /// What is known about `peer`'s paths.
+    #[must_use]
+    pub fn status(&self, peer: &NodePublic) -> Option<PeerStatus> {
+        let state = self.peers.get(peer)?;
+        let best = state.best.and_then(|target| state.candidates.get(&target));
+        Some(PeerStatus {
+            path: state.path(self.mode),
+            latency: best.and_then(|candidate| candidate.round_trip).map(|round_trip| round_trip.smoothed()),
+            since: state.since,
+            candidates: state.candidates.len(),
+        })
+    }
+
+    /// The peers, in key order.
+    pub fn peers(&self) -> impl Iterator<Item = &NodePublic> {
+        self.peers.keys()
+    }
+
+    /// Our disco key, for control to publish.
+    #[must_use]
+    pub const fn disco_public(&self) -> DiscoPublic {
+        self.disco_public
+    }
+
+    /// Which paths may be used.
+    #[must_use]
+    pub const fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Our own addresses, as last set.
+    #[must_use]
+    pub fn endpoints(&self) -> &[SocketAddr] {
+        &self.endpoints
+    }
+
+    /// What did not fit.
+    #[must_use]
+    pub const fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    // Time never runs backwards in here, whatever the caller's clocks do.
+    fn tick(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+    }
+
+    fn unindex(&mut self, node: &NodePublic, disco: &DiscoPublic) {
+        if let Some(nodes) = self.by_disco.get_mut(disco) {
+            nodes.remove(node);
+            if nodes.is_empty() {
+                self.by_disco.remove(disco);
+            }
+        }
+    }
+
+    fn engaged_peers(&self) -> Vec<NodePublic> {
+        let engaged = |peer: &Peer| peer.engaged(self.now, &self.timing);
+        self.peers.iter().filter(|(_, peer)| engaged(peer)).map(|(node, _)| *node).collect()
+    }
+
+    /// Chooses the direct path anew after something about the peer's candidates has changed.
+    fn reselect(&mut self, node: NodePublic) {
+        let (now, trust, mode) = (self.now, self.timing.trust, self.mode);
+        let Some(peer) = self.peers.get_mut(&node) else { return };
+        let best = match mode {
+            Mode::Relay => None,
+            Mode::Auto | Mode::Direct => crate::path::select::select(now, trust, &peer.candidates, peer.best),
+        };
+        if best != peer.best {
+            peer.best = best;
+            peer.retries = 0;
+            self.timers.clear(Timer::Retry(node));
+        }
+        match best.and_then(|target| peer.candidates.get(&target)?.proven) {
+            Some(proven) => self.timers.set(Timer::Trust(node), proven + trust),
+            None => self.timers.clear(Timer::Trust(node)),
+        }
+        self.refresh(node);
+    }
+
+    /// Tells the caller if data goes elsewhere now.
+    fn refresh(&mut self, node: NodePublic) {
+        let (now, mode) = (self.now, self.mode);
+        let Some(peer) = self.peers.get_mut(&node) else { return };
+        let path = peer.path(mode);
+        if path != peer.published {
+            peer.published = path;
+            peer.since = now;
+            self.events.push_back(Event::PathChanged { peer: node, path });
+        }
+    }
+}

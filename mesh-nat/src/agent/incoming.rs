@@ -1,0 +1,184 @@
+//! Receiving: what is believed, and what it leads to.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mesh_derp::map::RegionId;
+use mesh_noise::key::NodePublic;
+
+use super::peer::within;
+use super::{Agent, Event, Mode, PingId, Reject, Source, Timer};
+use crate::disco::message::{CallMeMaybe, Message, Ping, Pong};
+use crate::disco::seal;
+use crate::path::Path;
+use crate::path::candidate::{MAX_CANDIDATES, Target, usable};
+use crate::path::probe::RoundTrip;
+
+/// Between two triggered checks of one address.
+const TRIGGER_INTERVAL: Duration = Duration::from_millis(250);
+/// A call-me-maybe is answered in kind unless we sent one within this time.
+const CALL_BACK: Duration = Duration::from_secs(2);
+/// Attributed addresses per peer before those are dropped that are candidates no more.
+const MAX_OWNED: usize = 2 * MAX_CANDIDATES;
+
+impl Agent {
+    /// Consumes one datagram that [`classify`](crate::classify()) calls disco and that arrived at `now`.
+    ///
+    /// # Errors
+    /// Says why it was ignored.
+    pub fn handle_datagram(&mut self, now: Instant, source: Source, datagram: &[u8]) -> Result<(), Reject> {
+        self.tick(now);
+        let sender = seal::sender(datagram).ok_or(Reject::NotDisco)?;
+        let holders = self.by_disco.get(&sender).ok_or(Reject::UnknownSender)?;
+        let holders: Vec<NodePublic> = holders.iter().copied().collect();
+        match source.path {
+            Path::Direct { .. } if self.mode == Mode::Relay => return Err(Reject::Disabled),
+            Path::PeerRelay { .. } => return Err(Reject::Unsupported),
+            Path::Direct { .. } | Path::Relay { .. } => {}
+        }
+        // All holders of one disco key share the box; any of them can open it.
+        let holder = holders.first().ok_or(Reject::UnknownSender)?;
+        let peer = self.peers.get_mut(holder).ok_or(Reject::UnknownSender)?;
+        let shared = peer.shared.get_or_insert_with(|| self.disco.box_with(&sender));
+        let plaintext = seal::open(shared, datagram).ok_or(Reject::Unsealed)?;
+        match Message::decode(&plaintext)? {
+            Message::Ping(ping) => self.on_ping(source, &holders, &ping),
+            Message::Pong(pong) => self.on_pong(source, &holders, &pong),
+            Message::CallMeMaybe(call) => self.on_call(source, &holders, &call),
+            Message::Bind(_)
+            | Message::BindChallenge(_)
+            | Message::BindAnswer(_)
+            | Message::CallMeMaybeVia(_)
+            | Message::AllocateRequest(_)
+            | Message::AllocateResponse(_) => Err(Reject::Unsupported),
+        }
+    }
+
+    fn on_ping(&mut self, source: Source, holders: &[NodePublic], ping: &Ping) -> Result<(), Reject> {
+        let held = |node: &NodePublic| holders.contains(node);
+        if source.node.is_some_and(|node| !held(&node)) {
+            return Err(Reject::WrongNode);
+        }
+        // Several nodes may share a disco key. Who it is must be clear before an address is attributed.
+        let claimed = source.node.or(ping.node.filter(held));
+        let who = claimed.or_else(|| if let [only] = holders { Some(*only) } else { None });
+        let Some(addressee) = who.or(holders.first().copied()) else { return Err(Reject::UnknownSender) };
+        let observed = match source.path {
+            Path::Direct { remote, .. } | Path::PeerRelay { server: remote, .. } => remote,
+            Path::Relay { region } => relay_address(region),
+        };
+        self.send(addressee, source.path, &Message::Pong(Pong { tx: ping.tx, observed }));
+        match source.path {
+            Path::Direct { socket, remote } => {
+                let Some(remote) = usable(remote) else { return Ok(()) };
+                let target = Target { socket, remote };
+                if let Some(node) = who {
+                    self.learn(node, target);
+                    self.map(node, target);
+                } else {
+                    holders.iter().for_each(|node| self.learn(*node, target));
+                }
+            }
+            Path::Relay { region } => {
+                if let Some(node) = source.node {
+                    self.heard_by_relay(&node, region);
+                }
+            }
+            Path::PeerRelay { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Remembers where a ping came from, and makes the triggered check: the peer reaches us from there, so find out at
+    /// once whether we reach it.
+    fn learn(&mut self, node: NodePublic, target: Target) {
+        let (now, timing) = (self.now, self.timing);
+        let Some(peer) = self.peers.get_mut(&node) else { return };
+        let Some(candidate) = peer.candidates.admit(now, target) else {
+            self.counters.candidates_refused += 1;
+            return;
+        };
+        candidate.seen = Some(now);
+        // Slightly less than a heartbeat, so that the end that only receives keeps its trust by the other's pings.
+        let known = candidate.proven_within(now, timing.heartbeat * 5 / 6);
+        if !known && !within(candidate.triggered, now, TRIGGER_INTERVAL) {
+            candidate.triggered = Some(now);
+            self.probe_within_budget(node, target);
+        }
+    }
+
+    fn map(&mut self, node: NodePublic, target: Target) {
+        if self.owners.get(&target) == Some(&node) {
+            return;
+        }
+        if self.owners.len() >= MAX_OWNED * self.peers.len() {
+            let peers = &self.peers;
+            self.owners
+                .retain(|target, node| peers.get(node).is_some_and(|peer| peer.candidates.get(target).is_some()));
+        }
+        self.owners.insert(target, node);
+        self.events.push_back(Event::PeerMapped { peer: node, socket: target.socket, remote: target.remote });
+    }
+
+    fn on_pong(&mut self, source: Source, holders: &[NodePublic], pong: &Pong) -> Result<(), Reject> {
+        let now = self.now;
+        let probe = *self.probes.get(&pong.tx).ok_or(Reject::UnexpectedPong)?;
+        // The address is not compared: a pong may come from another one than was pinged. The kind of path is, since a
+        // pong through a relay proves nothing about UDP.
+        if !holders.contains(&probe.peer) || probe.path.is_direct() != source.path.is_direct() {
+            return Err(Reject::UnexpectedPong);
+        }
+        self.probes.remove(&pong.tx);
+        self.timers.clear(Timer::Probe(pong.tx));
+        let latency = now.saturating_duration_since(probe.sent);
+        if let Some(id) = probe.user.map(PingId)
+            && self.user_pings.remove(&id).is_some()
+        {
+            self.timers.clear(Timer::UserPing(id));
+            self.events.push_back(Event::PingAnswered { id, peer: probe.peer, path: probe.path, latency });
+        }
+        let Path::Direct { socket, remote } = probe.path else { return Ok(()) };
+        let target = Target { socket, remote };
+        let Some(peer) = self.peers.get_mut(&probe.peer) else { return Ok(()) };
+        let Some(candidate) = peer.candidates.get_mut(&target) else { return Ok(()) };
+        candidate.proven = Some(now);
+        candidate.observed = usable(pong.observed);
+        match &mut candidate.round_trip {
+            Some(round_trip) => round_trip.update(latency),
+            empty => *empty = Some(RoundTrip::first(latency)),
+        }
+        if peer.best == Some(target) {
+            peer.retries = 0;
+            self.timers.clear(Timer::Retry(probe.peer));
+        }
+        self.map(probe.peer, target);
+        self.reselect(probe.peer);
+        Ok(())
+    }
+
+    fn on_call(&mut self, source: Source, holders: &[NodePublic], call: &CallMeMaybe) -> Result<(), Reject> {
+        let Path::Relay { region } = source.path else { return Err(Reject::NotOverRelay) };
+        let node = source.node.filter(|node| holders.contains(node)).ok_or(Reject::WrongNode)?;
+        if self.mode == Mode::Relay {
+            return Err(Reject::Disabled);
+        }
+        self.heard_by_relay(&node, region);
+        let now = self.now;
+        let Some(peer) = self.peers.get_mut(&node) else { return Err(Reject::UnknownSender) };
+        peer.set_called(now, &self.sockets, &call.endpoints, &mut self.counters);
+        let targets = peer.candidates.targets();
+        let call_back = peer.best.is_none() && !within(peer.called, now, CALL_BACK);
+        for target in targets {
+            self.probe_within_budget(node, target);
+        }
+        if call_back {
+            self.send_call(node);
+        }
+        Ok(())
+    }
+}
+
+/// How a pong names a relay: deployed peers write 127.3.3.40 with the region's number as the port.
+fn relay_address(region: RegionId) -> SocketAddr {
+    SocketAddr::from(([127, 3, 3, 40], region.get()))
+}

@@ -1,0 +1,150 @@
+//! What the agent remembers about one peer.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mesh_derp::map::RegionId;
+use mesh_noise::key::{DiscoPublic, SharedBox};
+
+use super::{Counters, Mode, Timing};
+use crate::path::candidate::{Candidates, Target, usable};
+use crate::path::probe::Budget;
+use crate::path::{Family, Path, SocketId};
+
+/// How long after a call-me-maybe of ours we take part in a search without traffic of our own.
+const CALL_ENGAGES: Duration = Duration::from_secs(10);
+/// How long an address lives that nobody lists.
+const UNLISTED_LIFE: Duration = Duration::from_secs(45);
+
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) disco: DiscoPublic,
+    /// Computed when first needed: it costs a scalar multiplication.
+    pub(super) shared: Option<SharedBox>,
+    pub(super) home: Option<RegionId>,
+    /// The region it was last heard through.
+    pub(super) heard: Option<RegionId>,
+    /// What control lists, kept for when the sockets change.
+    pub(super) listed: Vec<SocketAddr>,
+    pub(super) candidates: Candidates,
+    pub(super) best: Option<Target>,
+    /// The path that the caller knows of.
+    pub(super) published: Option<Path>,
+    pub(super) since: Instant,
+    /// When data was last sent.
+    pub(super) sent: Option<Instant>,
+    pub(super) searched: Option<Instant>,
+    /// When we last sent a call-me-maybe.
+    pub(super) called: Option<Instant>,
+    pub(super) budget: Budget,
+    /// Repetitions of the current heartbeat.
+    pub(super) retries: u8,
+}
+
+impl Peer {
+    pub(super) fn new(now: Instant, disco: DiscoPublic) -> Self {
+        Self {
+            disco,
+            shared: None,
+            home: None,
+            heard: None,
+            listed: Vec::new(),
+            candidates: Candidates::default(),
+            best: None,
+            published: None,
+            since: now,
+            sent: None,
+            searched: None,
+            called: None,
+            budget: Budget::full(now),
+            retries: 0,
+        }
+    }
+
+    /// The region whose relay reaches the peer.
+    pub(super) fn region(&self) -> Option<RegionId> {
+        self.home.or(self.heard)
+    }
+
+    /// Where data goes. `best` is always proven: it is chosen anew when its trust ends.
+    pub(super) fn path(&self, mode: Mode) -> Option<Path> {
+        let relay = self.region().map(|region| Path::Relay { region });
+        let direct = self.best.map(Path::from);
+        match mode {
+            Mode::Auto => direct.or(relay),
+            Mode::Relay => relay,
+            Mode::Direct => direct,
+        }
+    }
+
+    pub(super) fn active(&self, now: Instant, timing: &Timing) -> bool {
+        within(self.sent, now, timing.active)
+    }
+
+    /// Whether a search is worth something: there is traffic, or we have just asked the peer to search.
+    pub(super) fn engaged(&self, now: Instant, timing: &Timing) -> bool {
+        self.active(now, timing) || within(self.called, now, CALL_ENGAGES)
+    }
+
+    /// Replaces what control lists. Returns the targets that are new.
+    pub(super) fn set_listed(
+        &mut self,
+        now: Instant,
+        sockets: &[(SocketId, Family)],
+        endpoints: Vec<SocketAddr>,
+        counters: &mut Counters,
+    ) -> Vec<Target> {
+        self.candidates.values_mut().for_each(|candidate| candidate.listed = false);
+        let mut fresh = Vec::new();
+        for target in targets(sockets, &endpoints) {
+            let known = self.candidates.get(&target).is_some();
+            match self.candidates.admit(now, target) {
+                Some(candidate) => {
+                    candidate.listed = true;
+                    if !known {
+                        fresh.push(target);
+                    }
+                }
+                None => counters.candidates_refused += 1,
+            }
+        }
+        self.listed = endpoints;
+        self.candidates.prune(now, UNLISTED_LIFE);
+        fresh
+    }
+
+    /// Replaces what the peer itself lists.
+    pub(super) fn set_called(
+        &mut self,
+        now: Instant,
+        sockets: &[(SocketId, Family)],
+        endpoints: &[SocketAddr],
+        counters: &mut Counters,
+    ) {
+        self.candidates.values_mut().for_each(|candidate| candidate.called = false);
+        for target in targets(sockets, endpoints) {
+            match self.candidates.admit(now, target) {
+                Some(candidate) => candidate.called = true,
+                None => counters.candidates_refused += 1,
+            }
+        }
+        self.candidates.prune(now, UNLISTED_LIFE);
+    }
+}
+
+/// Whether `at` lies within `span` before `now`.
+pub(super) fn within(at: Option<Instant>, now: Instant, span: Duration) -> bool {
+    at.is_some_and(|at| now.saturating_duration_since(at) < span)
+}
+
+/// The usable ones among `endpoints`, each from the first socket of its family.
+fn targets(sockets: &[(SocketId, Family)], endpoints: &[SocketAddr]) -> Vec<Target> {
+    endpoints
+        .iter()
+        .filter_map(|endpoint| {
+            let remote = usable(*endpoint)?;
+            let (socket, _) = sockets.iter().find(|(_, family)| *family == Family::of(&remote))?;
+            Some(Target { socket: *socket, remote })
+        })
+        .collect()
+}

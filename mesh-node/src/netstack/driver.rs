@@ -1,0 +1,457 @@
+//! The thread, the queues and the lock around [`Stack`].
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::stack::{Drops, Event, Stack};
+use super::{Config, Flow, StackDevice, TcpStream};
+
+/// Packets that the thread hands to the stack before it lets sockets answer: acknowledgements stay frequent.
+const INGRESS_BURST: usize = 8;
+/// Packets that the thread takes from the inbox at a time.
+const INBOX_BATCH: usize = 128;
+/// Requests waiting to be taken.
+const REQUEST_QUEUE: usize = 256;
+
+/// Packets and drops of a stack since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StackCounters {
+    /// Packets from the mesh.
+    pub received: u64,
+    /// Packets to the mesh.
+    pub sent: u64,
+    /// Packets from the mesh that found the inbox full.
+    pub inbox_drops: u64,
+    /// What the stack itself dropped.
+    pub drops: Drops,
+    /// TCP connections that exist now, in whatever state.
+    pub connections: usize,
+}
+
+/// Traffic for a port that nobody serves.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Request {
+    /// Somebody wants to connect.
+    Tcp(TcpRequest),
+    /// Somebody has sent a datagram.
+    Udp(UdpRequest),
+}
+
+/// The stream of [`Request`]s; bounded, and what does not fit is dropped (a SYN comes again).
+#[derive(Debug)]
+pub struct Requests {
+    receiver: mpsc::Receiver<Request>,
+}
+
+impl Requests {
+    /// The next request; `None` once the stack has ended. Safe to cancel.
+    pub async fn next(&mut self) -> Option<Request> {
+        self.receiver.recv().await
+    }
+}
+
+/// A SYN that waits for an answer. Dropping it leaves the SYN unanswered.
+#[derive(Debug)]
+pub struct TcpRequest {
+    flow: Flow,
+    shared: Option<Arc<Shared>>,
+}
+
+impl TcpRequest {
+    /// Both ends.
+    pub fn flow(&self) -> Flow {
+        self.flow
+    }
+
+    /// Finishes the handshake.
+    ///
+    /// # Errors
+    /// `ResourceBusy` when there are too many connections, `ConnectionReset` when the peer has gone.
+    pub async fn accept(mut self) -> io::Result<TcpStream> {
+        let shared = self.shared.take().ok_or(io::ErrorKind::NotConnected)?;
+        let id = shared.with(|stack, now| stack.admit(now, self.flow))?;
+        let stream = TcpStream::new(shared, id)?;
+        stream.established().await.map_err(|_| io::ErrorKind::ConnectionReset)?;
+        Ok(stream)
+    }
+
+    /// Answers with a reset: connection refused.
+    pub fn refuse(mut self) {
+        if let Some(shared) = self.shared.take() {
+            shared.with(|stack, now| stack.refuse_tcp(now, self.flow));
+        }
+    }
+}
+
+impl Drop for TcpRequest {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.take() {
+            shared.with(|stack, _| stack.forget(self.flow));
+        }
+    }
+}
+
+/// A datagram for a port without socket.
+#[derive(Debug)]
+pub struct UdpRequest {
+    flow: Flow,
+    payload: std::ops::Range<usize>,
+    packet: Vec<u8>,
+    shared: Arc<Shared>,
+}
+
+impl UdpRequest {
+    /// Both ends.
+    pub fn flow(&self) -> Flow {
+        self.flow
+    }
+
+    /// What was sent.
+    pub fn payload(&self) -> &[u8] {
+        self.packet.get(self.payload.clone()).unwrap_or_default()
+    }
+
+    /// Answers with an ICMP port unreachable.
+    pub fn refuse(self) {
+        let Self { packet, shared, .. } = self;
+        shared.with(|stack, now| stack.refuse_packet(now, packet));
+    }
+}
+
+/// A stack and its thread; dropping it ends both.
+#[derive(Debug)]
+pub(super) struct Handle {
+    pub(super) shared: Arc<Shared>,
+    requests: Mutex<Option<Requests>>,
+}
+
+impl Handle {
+    pub(super) fn start(config: Config) -> io::Result<(Self, StackDevice)> {
+        let mut seed = [0; 32];
+        getrandom::fill(&mut seed).map_err(|_| io::Error::other("the system gives no randomness"))?;
+        let (sender, receiver) = mpsc::channel(REQUEST_QUEUE);
+        let requests = config.fallback.then_some(Requests { receiver });
+        let shared = Arc::new(Shared {
+            connect_timeout: config.connect_timeout,
+            mtu: config.mtu,
+            outbox_capacity: config.transmit_queue.max(1),
+            inbox_capacity: config.receive_queue.max(1),
+            stack: Mutex::new(Stack::new(now(), config, seed)),
+            inbox: Mutex::new(Inbox::default()),
+            inbox_ready: Condvar::new(),
+            outbox: Mutex::new(Outbox::default()),
+            outbox_ready: Condvar::new(),
+            outbox_len: AtomicUsize::new(0),
+            wakes_at: Mutex::new(None),
+            closed: AtomicBool::new(false),
+            received: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            inbox_drops: AtomicU64::new(0),
+        });
+        let worker = Arc::clone(&shared);
+        std::thread::Builder::new().name("mesh-netstack".into()).spawn(move || worker.run(&sender))?;
+        let device = StackDevice::new(Arc::clone(&shared));
+        Ok((Self { shared, requests: Mutex::new(requests) }, device))
+    }
+
+    pub(super) fn requests(&self) -> Option<Requests> {
+        lock(&self.requests).take()
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    packets: VecDeque<Vec<u8>>,
+    /// The thread has something to do besides packets.
+    kicked: bool,
+    /// Tasks that wait for the end.
+    ending: Vec<Waker>,
+}
+
+#[derive(Debug, Default)]
+struct Outbox {
+    packets: VecDeque<Vec<u8>>,
+    /// The stack waits for room.
+    starved: bool,
+    /// Nothing more will come.
+    finished: bool,
+}
+
+/// What streams, the thread and the device side share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    connect_timeout: Duration,
+    mtu: usize,
+    outbox_capacity: usize,
+    inbox_capacity: usize,
+    stack: Mutex<Stack>,
+    inbox: Mutex<Inbox>,
+    inbox_ready: Condvar,
+    outbox: Mutex<Outbox>,
+    outbox_ready: Condvar,
+    /// Length of the outbox, readable without its lock.
+    outbox_len: AtomicUsize,
+    /// The timer that the thread sleeps for; written under the stack's lock.
+    wakes_at: Mutex<Option<Instant>>,
+    closed: AtomicBool,
+    received: AtomicU64,
+    sent: AtomicU64,
+    inbox_drops: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn connect_timeout(&self) -> Duration {
+        self.connect_timeout
+    }
+
+    pub(super) fn mtu(&self) -> usize {
+        self.mtu
+    }
+
+    pub(super) fn counters(&self) -> StackCounters {
+        let stack = lock(&self.stack);
+        StackCounters {
+            received: self.received.load(Ordering::Relaxed),
+            sent: self.sent.load(Ordering::Relaxed),
+            inbox_drops: self.inbox_drops.load(Ordering::Relaxed),
+            drops: stack.drops(),
+            connections: stack.connections(),
+        }
+    }
+
+    /// Runs `f` on the stack and sends what that has made.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Stack, Instant) -> R) -> R {
+        let mut stack = lock(&self.stack);
+        let now = now();
+        stack.set_transmit_limit(self.room());
+        let result = f(&mut stack, now);
+        self.send_out(&mut stack, now);
+        let next = stack.poll_timeout();
+        let sooner = match (next, *lock(&self.wakes_at)) {
+            (Some(next), Some(planned)) => next < planned,
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        if sooner || stack.has_events() {
+            self.kick();
+        }
+        result
+    }
+
+    fn room(&self) -> usize {
+        self.outbox_capacity.saturating_sub(self.outbox_len.load(Ordering::Acquire))
+    }
+
+    /// Lets sockets send until they are done or the outbox is full. Order is kept: the caller holds the stack's lock.
+    fn send_out(&self, stack: &mut Stack, now: Instant) {
+        loop {
+            stack.flush(now);
+            let mut outbox = lock(&self.outbox);
+            let before = outbox.packets.len();
+            while let Some(packet) = stack.poll_transmit() {
+                outbox.packets.push_back(packet);
+            }
+            let len = outbox.packets.len();
+            if len > before {
+                self.sent.fetch_add((len - before) as u64, Ordering::Relaxed);
+                self.outbox_len.store(len, Ordering::Release);
+                self.outbox_ready.notify_one();
+            }
+            let full = len >= self.outbox_capacity;
+            outbox.starved = full && stack.is_blocked();
+            drop(outbox);
+            stack.set_transmit_limit(self.room());
+            if full || !stack.is_blocked() {
+                return;
+            }
+        }
+    }
+
+    fn kick(&self) {
+        lock(&self.inbox).kicked = true;
+        self.inbox_ready.notify_one();
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn close(&self) {
+        if !self.closed.swap(true, Ordering::AcqRel) {
+            self.kick();
+        }
+    }
+
+    /// Whether the thread has ended; `waker` is woken when it does.
+    pub(super) fn poll_closed(&self, waker: &Waker) -> bool {
+        let mut inbox = lock(&self.inbox);
+        let finished = lock(&self.outbox).finished;
+        if !finished {
+            inbox.ending.push(waker.clone());
+        }
+        finished
+    }
+
+    // --- the device side -----------------------------------------------------------------------------------------
+
+    /// Queues packets for the stack, taking them from `packets`; those that do not fit are dropped. Says how many fit.
+    pub(super) fn deliver(&self, packets: &mut dyn Iterator<Item = Vec<u8>>) -> usize {
+        if self.is_closed() {
+            return 0;
+        }
+        let (mut taken, mut dropped) = (0_usize, 0);
+        let mut inbox = lock(&self.inbox);
+        let was_empty = inbox.packets.is_empty();
+        for packet in packets {
+            if inbox.packets.len() < self.inbox_capacity {
+                inbox.packets.push_back(packet);
+                taken += 1;
+            } else {
+                dropped += 1;
+            }
+        }
+        drop(inbox);
+        self.received.fetch_add(taken as u64, Ordering::Relaxed);
+        self.inbox_drops.fetch_add(dropped, Ordering::Relaxed);
+        if was_empty && taken > 0 {
+            self.inbox_ready.notify_one();
+        }
+        taken
+    }
+
+    /// Waits up to `timeout` for packets and moves up to `limit` of them to `sink`. `None` once the stack has ended.
+    pub(super) fn collect(&self, limit: usize, timeout: Duration, sink: &mut dyn FnMut(Vec<u8>)) -> Option<usize> {
+        let outbox = lock(&self.outbox);
+        let (mut outbox, _) = self
+            .outbox_ready
+            .wait_timeout_while(outbox, timeout, |o| o.packets.is_empty() && !o.finished)
+            .unwrap_or_else(PoisonError::into_inner);
+        if outbox.packets.is_empty() {
+            return if outbox.finished { None } else { Some(0) };
+        }
+        let count = outbox.packets.len().min(limit);
+        outbox.packets.drain(..count).for_each(sink);
+        let len = outbox.packets.len();
+        self.outbox_len.store(len, Ordering::Release);
+        let refill = outbox.starved && len <= self.outbox_capacity / 2;
+        if refill {
+            outbox.starved = false;
+        }
+        drop(outbox);
+        if refill {
+            self.kick();
+        }
+        Some(count)
+    }
+
+    // --- the thread ----------------------------------------------------------------------------------------------
+
+    fn run(self: &Arc<Self>, requests: &mpsc::Sender<Request>) {
+        let mut batch = VecDeque::new();
+        let mut deadline = None;
+        loop {
+            self.wait(deadline, &mut batch);
+            let mut stack = lock(&self.stack);
+            let started = now();
+            if self.is_closed() {
+                stack.set_transmit_limit(usize::MAX);
+                stack.close(started);
+                self.finish(&mut stack);
+                return;
+            }
+            stack.set_transmit_limit(self.room());
+            for (count, packet) in batch.drain(..).enumerate() {
+                stack.handle_packet(started, packet);
+                if count % INGRESS_BURST == INGRESS_BURST - 1 {
+                    stack.flush(started);
+                }
+            }
+            stack.handle_timeout(started);
+            self.send_out(&mut stack, started);
+            let dropped = self.offer(&mut stack, requests);
+            deadline = stack.poll_timeout();
+            *lock(&self.wakes_at) = deadline;
+            drop(stack);
+            // A request that nobody takes reaches for the stack when it is dropped.
+            drop(dropped);
+        }
+    }
+
+    /// Sleeps until there is something to do, and takes up to a batch of packets.
+    fn wait(&self, deadline: Option<Instant>, batch: &mut VecDeque<Vec<u8>>) {
+        let mut inbox = lock(&self.inbox);
+        while inbox.packets.is_empty() && !inbox.kicked && !self.is_closed() {
+            inbox = match deadline {
+                None => self.inbox_ready.wait(inbox).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    let left = at.saturating_duration_since(now());
+                    if left.is_zero() {
+                        break;
+                    }
+                    self.inbox_ready.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        inbox.kicked = false;
+        if inbox.packets.len() <= INBOX_BATCH {
+            std::mem::swap(&mut inbox.packets, batch);
+        } else {
+            batch.extend(inbox.packets.drain(..INBOX_BATCH));
+        }
+    }
+
+    /// Passes the stack's events on; gives back what nobody takes.
+    fn offer(self: &Arc<Self>, stack: &mut Stack, requests: &mpsc::Sender<Request>) -> Vec<Request> {
+        let mut refused = Vec::new();
+        while let Some(event) = stack.poll_event() {
+            let request = match event {
+                Event::TcpRequest(flow) => Request::Tcp(TcpRequest { flow, shared: Some(Arc::clone(self)) }),
+                Event::UdpDatagram { flow, payload, packet } => {
+                    Request::Udp(UdpRequest { flow, payload, packet, shared: Arc::clone(self) })
+                }
+            };
+            if let Err(error) = requests.try_send(request) {
+                refused.push(error.into_inner());
+            }
+        }
+        refused
+    }
+
+    fn finish(&self, stack: &mut Stack) {
+        let mut outbox = lock(&self.outbox);
+        while let Some(packet) = stack.poll_transmit() {
+            outbox.packets.push_back(packet);
+        }
+        outbox.finished = true;
+        drop(outbox);
+        self.outbox_ready.notify_all();
+        let ending = std::mem::take(&mut lock(&self.inbox).ending);
+        for waker in ending {
+            waker.wake();
+        }
+    }
+}
+
+/// A poisoned lock means that a thread has panicked; the stack's state is still as good as any packet loss.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[expect(clippy::disallowed_methods, reason = "the driver's clock")]
+fn now() -> Instant {
+    Instant::now()
+}

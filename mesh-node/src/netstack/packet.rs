@@ -1,0 +1,177 @@
+//! What the stack needs to know about a packet before it chooses who gets it.
+//!
+//! smoltcp parses every packet fully once it is handed one; this is the cheaper look that finds the connection, so that
+//! a packet is never offered to a thousand sockets that do not want it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpPacket, UdpPacket, UdpRepr};
+
+/// Hop limit of packets the stack makes itself, as smoltcp's TCP uses.
+const HOP_LIMIT: u8 = 64;
+
+/// Both ends of a flow, as this stack sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Flow {
+    /// Our end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+}
+
+/// One inbound packet, looked at.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Parsed {
+    /// A TCP segment; `opens` when it is a plain SYN.
+    Tcp { flow: Flow, opens: bool },
+    /// A UDP datagram with a good checksum; the payload stands at this range of the packet.
+    Udp { flow: Flow, payload: Range<usize> },
+    /// Anything else that is addressed to somebody.
+    Other { destination: IpAddr },
+}
+
+impl Parsed {
+    /// The address that the packet is for.
+    pub(super) fn destination(&self) -> IpAddr {
+        match self {
+            Self::Tcp { flow, .. } | Self::Udp { flow, .. } => flow.local.ip(),
+            Self::Other { destination } => *destination,
+        }
+    }
+}
+
+/// Looks at `packet`; `None` when it is no IP packet, is a fragment, or its UDP checksum is wrong.
+pub(super) fn parse(packet: &[u8]) -> Option<Parsed> {
+    // smoltcp reads the first byte unasked.
+    packet.first()?;
+    let (source, destination, protocol, payload) = match IpVersion::of_packet(packet).ok()? {
+        IpVersion::Ipv4 => {
+            let ip = Ipv4Packet::new_checked(packet).ok()?;
+            if ip.more_frags() || ip.frag_offset() != 0 {
+                return None;
+            }
+            let start = usize::from(ip.header_len());
+            let end = usize::from(ip.total_len());
+            (IpAddr::V4(ip.src_addr()), IpAddr::V4(ip.dst_addr()), ip.next_header(), start..end)
+        }
+        IpVersion::Ipv6 => {
+            let ip = Ipv6Packet::new_checked(packet).ok()?;
+            let end = ip.header_len() + usize::from(ip.payload_len());
+            (IpAddr::V6(ip.src_addr()), IpAddr::V6(ip.dst_addr()), ip.next_header(), ip.header_len()..end)
+        }
+    };
+    let body = packet.get(payload.clone())?;
+    #[expect(clippy::wildcard_enum_match_arm, reason = "every other protocol is smoltcp's to answer or ignore")]
+    match protocol {
+        IpProtocol::Tcp => {
+            let tcp = TcpPacket::new_checked(body).ok()?;
+            let flow = Flow {
+                local: SocketAddr::new(destination, tcp.dst_port()),
+                remote: SocketAddr::new(source, tcp.src_port()),
+            };
+            Some(Parsed::Tcp { flow, opens: tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin() })
+        }
+        IpProtocol::Udp => {
+            let udp = UdpPacket::new_checked(body).ok()?;
+            if !udp.verify_checksum(&IpAddress::from(source), &IpAddress::from(destination)) {
+                return None;
+            }
+            let flow = Flow {
+                local: SocketAddr::new(destination, udp.dst_port()),
+                remote: SocketAddr::new(source, udp.src_port()),
+            };
+            let start = payload.start + smoltcp::wire::UDP_HEADER_LEN;
+            Some(Parsed::Udp { flow, payload: start..payload.start + usize::from(udp.len()) })
+        }
+        _ => Some(Parsed::Other { destination }),
+    }
+}
+
+/// The destination address of an IP packet; `None` when it is none.
+pub(super) fn destination(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => packet.get(16..20).and_then(|octets| <[u8; 4]>::try_from(octets).ok()).map(IpAddr::from),
+        6 => packet.get(24..40).and_then(|octets| <[u8; 16]>::try_from(octets).ok()).map(IpAddr::from),
+        _ => None,
+    }
+}
+
+/// Builds one UDP packet; `None` when the ends are of different families or the packet would exceed `mtu`.
+pub(super) fn build_udp(flow: Flow, payload: &[u8], mtu: usize) -> Option<Vec<u8>> {
+    if flow.local.is_ipv4() != flow.remote.is_ipv4() {
+        return None;
+    }
+    let (source, destination) = (IpAddress::from(flow.local.ip()), IpAddress::from(flow.remote.ip()));
+    let udp = UdpRepr { src_port: flow.local.port(), dst_port: flow.remote.port() };
+    let ip = IpRepr::new(source, destination, IpProtocol::Udp, udp.header_len() + payload.len(), HOP_LIMIT);
+    let total = ip.header_len() + udp.header_len() + payload.len();
+    if total > mtu {
+        return None;
+    }
+    let checksums = ChecksumCapabilities::default();
+    let mut packet = vec![0; total];
+    ip.emit(&mut packet[..], &checksums);
+    udp.emit(
+        &mut UdpPacket::new_unchecked(&mut packet[ip.header_len()..]),
+        &source,
+        &destination,
+        payload.len(),
+        |body| body.copy_from_slice(payload),
+        &checksums,
+    );
+    Some(packet)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn flow(local: &str, remote: &str) -> Flow {
+        Flow { local: local.parse().unwrap(), remote: remote.parse().unwrap() }
+    }
+
+    #[test]
+    fn a_built_datagram_is_read_back_at_the_other_end() {
+        for (local, remote) in
+            [("100.64.0.1:53", "100.64.0.2:4000"), ("[fd7a:115c:a1e0::1]:53", "[fd7a:115c:a1e0::2]:4000")]
+        {
+            let sent = flow(local, remote);
+            let packet = build_udp(sent, b"payload", 1280).unwrap();
+            let Some(Parsed::Udp { flow, payload }) = parse(&packet) else { panic!("not a datagram") };
+            assert_eq!(flow, Flow { local: sent.remote, remote: sent.local });
+            assert_eq!(&packet[payload], b"payload");
+            assert_eq!(destination(&packet), Some(sent.remote.ip()));
+        }
+    }
+
+    #[test]
+    fn a_datagram_with_a_flipped_bit_is_refused() {
+        let mut packet = build_udp(flow("100.64.0.1:53", "100.64.0.2:4000"), b"payload", 1280).unwrap();
+        *packet.last_mut().unwrap() ^= 1;
+        assert_eq!(parse(&packet), None);
+    }
+
+    #[test]
+    fn a_datagram_beyond_the_mtu_is_not_built() {
+        assert!(build_udp(flow("100.64.0.1:1", "100.64.0.2:2"), &[0; 1252], 1280).is_some());
+        assert!(build_udp(flow("100.64.0.1:1", "100.64.0.2:2"), &[0; 1253], 1280).is_none());
+        assert!(build_udp(flow("100.64.0.1:1", "[fd7a::2]:2"), b"", 1280).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200), version in any::<bool>()) {
+            let mut bytes = bytes;
+            if let Some(first) = bytes.first_mut() {
+                *first = if version { 0x45 } else { 0x60 };
+            }
+            if let Some(Parsed::Udp { payload, .. }) = parse(&bytes) {
+                prop_assert!(bytes.get(payload).is_some());
+            }
+            let _ = destination(&bytes);
+        }
+    }
+}

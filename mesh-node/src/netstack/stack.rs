@@ -1,0 +1,959 @@
+//! The stack's core: packets in, packets out, sockets in between; no thread, no clock.
+//!
+//! Every TCP connection lives in a socket set of its own, found by its [`Flow`]. smoltcp offers each packet to all the
+//! sockets of the set it is given, so a set of one makes the cost of a packet independent of how many connections are
+//! idle; and only connections that were touched, or whose timer is due, are asked whether they have something to send.
+//!
+//! ```text
+//!  handle_packet ─► parse ─► flow known ──► that connection's socket ─┐
+//!                      │ SYN, listener ───► new socket ───────────────┤
+//!                      │ SYN, none ───────► parked, Event::TcpRequest │   admit / refuse answers it
+//!                      │ UDP, bound ──────► that socket's queue       │
+//!                      │ UDP, none ───────► Event::UdpDatagram        │
+//!                      └ anything else ───► smoltcp: echo, RST, …     │
+//!  poll_transmit ◄─ flush: round robin over touched connections ◄─────┘
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use smoltcp::iface::{Interface, PollResult, SocketHandle, SocketSet};
+use smoltcp::socket::tcp::{CongestionControl, RecvError, Socket, SocketBuffer, State};
+use smoltcp::wire::{HardwareAddress, IpCidr, IpEndpoint, IpListenEndpoint};
+
+use super::packet::{self, Flow, Parsed};
+use super::phy::Phy;
+use super::{Bind, Config, is_service_address};
+
+/// Packets one connection may send before the next one has its turn.
+const BURST: usize = 16;
+/// Inbound connections whose handshake has not finished, at most; further SYNs are dropped and come again.
+const MAX_HALF_OPEN: usize = 256;
+/// How long an inbound handshake may take.
+const HALF_OPEN_TIME: Duration = Duration::from_secs(30);
+/// SYNs that wait for an answer to [`Event::TcpRequest`], at most.
+const MAX_PARKED: usize = 256;
+/// How long a closed connection may take to deliver what is left; a silent peer is given up sooner.
+const LINGER_TIME: Duration = Duration::from_secs(600);
+/// How long a connection that we have closed waits for the peer to close, too.
+const FIN_WAIT_TIME: Duration = Duration::from_secs(60);
+/// Connections in TIME-WAIT, at most: the oldest go first. They hold their buffers.
+const MAX_TIME_WAIT: usize = 32;
+/// smoltcp forgets unread data when TIME-WAIT ends after 10 s, so its timer is stopped before for streams still read.
+const TIME_WAIT_SERVICE: Duration = Duration::from_secs(5);
+/// Events that wait to be taken, at most; then datagrams without a socket are dropped and SYNs come again.
+const MAX_EVENTS: usize = 512;
+/// Dynamic ports, RFC 6335 §6.
+const DYNAMIC_PORTS: std::ops::RangeInclusive<u16> = 49152..=65535;
+/// Shortest time between two looks at a connection whose timer asks for one at once.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+
+/// Names one connection for its lifetime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct ConnId(u64);
+
+/// Names one UDP socket for its lifetime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct UdpId(u64);
+
+/// What somebody outside has to decide.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A SYN for a port without listener waits for [`Stack::admit`], [`Stack::refuse_tcp`] or [`Stack::forget`].
+    TcpRequest(Flow),
+    /// A datagram for a port without socket; `packet` is the whole packet, for [`Stack::refuse_packet`].
+    UdpDatagram { flow: Flow, payload: std::ops::Range<usize>, packet: Vec<u8> },
+}
+
+/// What the stack dropped, and why.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Drops {
+    /// Not IP, a fragment, or damaged.
+    pub malformed: u64,
+    /// Not for one of our addresses.
+    pub misaddressed: u64,
+    /// A SYN beyond the bounds on connections, handshakes or parked requests.
+    pub connections: u64,
+    /// A datagram for a full socket queue, or with nobody to take it.
+    pub datagrams: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    Dialed,
+    Listener(Bind),
+    Admitted,
+}
+
+struct Conn {
+    sockets: SocketSet<'static>,
+    handle: SocketHandle,
+    flow: Flow,
+    origin: Origin,
+    /// A stream, or a listener's queue, still holds this connection.
+    attached: bool,
+    /// The handshake is done.
+    established: bool,
+    /// Our side was shut down.
+    shut: bool,
+    /// Waits in `ready`.
+    queued: bool,
+    /// When to look again; stands in `deadlines`.
+    deadline: Option<Instant>,
+    /// When to abort.
+    expires: Option<Instant>,
+    time_wait_since: Option<Instant>,
+}
+
+impl Conn {
+    fn socket(&mut self) -> &mut Socket<'static> {
+        self.sockets.get_mut(self.handle)
+    }
+
+    fn state(&self) -> State {
+        self.sockets.get::<Socket<'_>>(self.handle).state()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Listener {
+    queue: VecDeque<ConnId>,
+    backlog: usize,
+    waker: Option<Waker>,
+}
+
+#[derive(Debug)]
+struct Udp {
+    bind: Bind,
+    queue: VecDeque<(Flow, Vec<u8>)>,
+    waker: Option<Waker>,
+}
+
+/// A TCP/IP stack without I/O.
+pub(super) struct Stack {
+    epoch: Instant,
+    config: Config,
+    iface: Interface,
+    phy: Phy,
+    rng: StdRng,
+    addresses: Vec<IpAddr>,
+    /// The set for packets that no connection wants.
+    nobody: SocketSet<'static>,
+    next_id: u64,
+    conns: BTreeMap<ConnId, Conn>,
+    flows: HashMap<Flow, ConnId>,
+    deadlines: BTreeSet<(Instant, ConnId)>,
+    ready: VecDeque<ConnId>,
+    half_open: usize,
+    time_wait: BTreeSet<ConnId>,
+    parked: BTreeMap<Flow, Vec<u8>>,
+    listeners: BTreeMap<Bind, Listener>,
+    udp: BTreeMap<UdpId, Udp>,
+    udp_ports: BTreeMap<Bind, UdpId>,
+    events: VecDeque<Event>,
+    drops: Drops,
+}
+
+impl std::fmt::Debug for Stack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stack")
+            .field("addresses", &self.addresses)
+            .field("connections", &self.conns.len())
+            .field("drops", &self.drops)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Stack {
+    /// A stack with `config.addresses`; `seed` decides ports and initial sequence numbers.
+    pub(super) fn new(now: Instant, config: Config, seed: [u8; 32]) -> Self {
+        let mut rng = StdRng::from_seed(seed);
+        let mut phy = Phy::new(config.mtu, config.transmit_queue);
+        let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ip);
+        settings.random_seed = rng.random();
+        let iface = Interface::new(settings, &mut phy, smoltcp::time::Instant::ZERO);
+        let mut stack = Self {
+            epoch: now,
+            iface,
+            phy,
+            rng,
+            addresses: Vec::new(),
+            nobody: SocketSet::new(Vec::new()),
+            next_id: 0,
+            conns: BTreeMap::new(),
+            flows: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            ready: VecDeque::new(),
+            half_open: 0,
+            time_wait: BTreeSet::new(),
+            parked: BTreeMap::new(),
+            listeners: BTreeMap::new(),
+            udp: BTreeMap::new(),
+            udp_ports: BTreeMap::new(),
+            events: VecDeque::new(),
+            drops: Drops::default(),
+            config,
+        };
+        let addresses = stack.config.addresses.clone();
+        stack.set_addresses(&addresses);
+        stack
+    }
+
+    /// Replaces our addresses; connections from an address that is gone end with an error. At most eight are used.
+    pub(super) fn set_addresses(&mut self, addresses: &[IpAddr]) {
+        self.addresses.clear();
+        for address in addresses {
+            let usable = !address.is_unspecified() && !address.is_multicast();
+            if usable && !self.addresses.contains(address) && self.addresses.len() < 8 {
+                self.addresses.push(*address);
+            }
+        }
+        self.phy.set_own(self.addresses.clone());
+        let own = &self.addresses;
+        self.iface.update_ip_addrs(|list| {
+            list.clear();
+            for address in own {
+                let bits = if address.is_ipv4() { 32 } else { 128 };
+                // The list holds eight, as many as are let in above.
+                let _ = list.push(IpCidr::new((*address).into(), bits));
+            }
+        });
+        // On an IP medium a route only has to exist: its gateway is never asked for.
+        let routes = self.iface.routes_mut();
+        routes.remove_default_ipv4_route();
+        routes.remove_default_ipv6_route();
+        for address in own {
+            let _ = match address {
+                IpAddr::V4(v4) => routes.add_default_ipv4_route(*v4),
+                IpAddr::V6(v6) => routes.add_default_ipv6_route(*v6),
+            };
+        }
+        let lost: Vec<ConnId> =
+            self.conns.iter().filter(|(_, c)| !own.contains(&c.flow.local.ip())).map(|(id, _)| *id).collect();
+        for id in lost {
+            if let Some(conn) = self.conns.get_mut(&id) {
+                conn.socket().abort();
+            }
+            self.touch(id);
+        }
+    }
+
+    pub(super) fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Whether [`poll_event`](Self::poll_event) has something.
+    pub(super) fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    pub(super) fn drops(&self) -> Drops {
+        self.drops
+    }
+
+    /// Connections that exist, in whatever state.
+    pub(super) fn connections(&self) -> usize {
+        self.conns.len()
+    }
+
+    // --- packets -------------------------------------------------------------------------------------------------
+
+    /// Takes one packet from the mesh. Call [`flush`](Self::flush) after a few.
+    pub(super) fn handle_packet(&mut self, now: Instant, packet: Vec<u8>) {
+        let Some(parsed) = packet::parse(&packet) else {
+            self.drops.malformed += 1;
+            return;
+        };
+        if !self.addresses.contains(&parsed.destination()) {
+            self.drops.misaddressed += 1;
+            return;
+        }
+        match parsed {
+            Parsed::Tcp { flow, opens } => self.handle_segment(now, flow, opens, packet),
+            Parsed::Udp { flow, payload } => self.handle_datagram(now, flow, payload, packet),
+            Parsed::Other { .. } => self.feed(now, None, packet),
+        }
+    }
+
+    fn handle_segment(&mut self, now: Instant, flow: Flow, opens: bool, packet: Vec<u8>) {
+        if let Some(id) = self.flows.get(&flow).copied() {
+            let over = self.conns.get(&id).is_none_or(|c| matches!(c.state(), State::TimeWait | State::Closed));
+            if !(opens && over) {
+                self.feed(now, Some(id), packet);
+                return;
+            }
+            // The peer uses its port again: what is left of the old connection gives way (RFC 9293 §3.6.1).
+            self.flows.remove(&flow);
+            if self.conns.get(&id).is_some_and(|c| !c.attached) {
+                self.remove(id);
+            }
+        }
+        if !opens {
+            self.feed(now, None, packet);
+            return;
+        }
+        if let Some(bind) = self.listener_for(flow.local) {
+            let full = self.listeners.get(&bind).is_none_or(|l| l.queue.len() >= l.backlog);
+            if full || !self.open_passive(now, flow, Origin::Listener(bind), packet) {
+                self.drops.connections += 1;
+            }
+        } else if self.falls_back(flow.local.ip()) {
+            if self.parked.contains_key(&flow) {
+                return;
+            }
+            if self.parked.len() >= MAX_PARKED || self.events.len() >= MAX_EVENTS {
+                self.drops.connections += 1;
+                return;
+            }
+            self.parked.insert(flow, packet);
+            self.events.push_back(Event::TcpRequest(flow));
+        } else {
+            self.feed(now, None, packet);
+        }
+    }
+
+    fn handle_datagram(&mut self, now: Instant, flow: Flow, payload: std::ops::Range<usize>, packet: Vec<u8>) {
+        let bound = [Bind::exactly(flow.local), Bind::port(flow.local.port())];
+        if let Some(id) = bound.iter().find_map(|bind| self.udp_ports.get(bind)) {
+            let Some(socket) = self.udp.get_mut(id) else { return };
+            let room = socket.queue.len() < self.config.udp_queue;
+            match packet.get(payload) {
+                Some(body) if room => {
+                    socket.queue.push_back((flow, body.to_vec()));
+                    if let Some(waker) = socket.waker.take() {
+                        waker.wake();
+                    }
+                }
+                _ => self.drops.datagrams += 1,
+            }
+        } else if self.falls_back(flow.local.ip()) {
+            if self.events.len() >= MAX_EVENTS {
+                self.drops.datagrams += 1;
+                return;
+            }
+            self.events.push_back(Event::UdpDatagram { flow, payload, packet });
+        } else {
+            self.feed(now, None, packet);
+        }
+    }
+
+    /// Whether traffic for a port of `address` that nobody serves is offered as an event.
+    fn falls_back(&self, address: IpAddr) -> bool {
+        self.config.fallback && !is_service_address(address)
+    }
+
+    /// Hands `packet` to one connection's socket, or to none: then smoltcp answers echo requests, resets and errors.
+    fn feed(&mut self, now: Instant, id: Option<ConnId>, packet: Vec<u8>) {
+        let at = self.smol(now);
+        self.phy.offer(packet);
+        let sockets = match id.and_then(|id| self.conns.get_mut(&id)) {
+            Some(conn) => &mut conn.sockets,
+            None => &mut self.nobody,
+        };
+        self.iface.poll_ingress_single(at, &mut self.phy, sockets);
+        self.phy.recycle();
+        if let Some(id) = id {
+            self.touch(id);
+        }
+    }
+
+    /// How many packets [`poll_transmit`](Self::poll_transmit) may hold; sockets wait for room beyond it.
+    pub(super) fn set_transmit_limit(&mut self, limit: usize) {
+        self.phy.set_limit(limit);
+    }
+
+    /// The next packet for the mesh.
+    pub(super) fn poll_transmit(&mut self) -> Option<Vec<u8>> {
+        self.phy.out.pop()
+    }
+
+    /// The next decision to make.
+    pub(super) fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(at, _)| *at)
+    }
+
+    /// Whether a connection has something to send and no room for it.
+    pub(super) fn is_blocked(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Does whatever is due at `now`.
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        while let Some((at, id)) = self.deadlines.first().copied() {
+            if at > now {
+                break;
+            }
+            self.deadlines.pop_first();
+            if let Some(conn) = self.conns.get_mut(&id) {
+                conn.deadline = None;
+                if conn.expires.is_some_and(|expires| expires <= now) {
+                    conn.expires = None;
+                    conn.socket().abort();
+                }
+            }
+            self.touch(id);
+        }
+        self.flush(now);
+    }
+
+    /// Lets every touched connection send, as far as there is room, and notes what has become of it.
+    pub(super) fn flush(&mut self, now: Instant) {
+        loop {
+            while self.phy.has_room() {
+                let Some(id) = self.ready.pop_front() else { break };
+                self.send_burst(now, id);
+            }
+            let Some(packet) = self.phy.out.pop_looped() else { break };
+            self.handle_packet(now, packet);
+        }
+    }
+
+    fn send_burst(&mut self, now: Instant, id: ConnId) {
+        let at = self.smol(now);
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        conn.queued = false;
+        let resting = conn.attached && conn.time_wait_since.is_some_and(|since| now >= since + TIME_WAIT_SERVICE);
+        let mut more = !resting;
+        for _ in 0..BURST {
+            if !more {
+                break;
+            }
+            if !self.phy.has_room() {
+                conn.queued = true;
+                self.ready.push_front(id);
+                return;
+            }
+            more = self.iface.poll_egress(at, &mut self.phy, &mut conn.sockets) == PollResult::SocketStateChanged;
+        }
+        if more {
+            conn.queued = true;
+            self.ready.push_back(id);
+        } else {
+            self.settle(now, id, resting);
+        }
+    }
+
+    /// Notes the state that `id` has come to, and when to look at it again.
+    fn settle(&mut self, now: Instant, id: ConnId, resting: bool) {
+        let at = self.smol(now);
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        let passive = conn.origin != Origin::Dialed;
+        match conn.state() {
+            State::Listen => {
+                // The handshake was reset.
+                self.remove(id);
+                return;
+            }
+            State::Closed if conn.socket().remote_endpoint().is_none() => {
+                if conn.attached {
+                    conn.expires = None;
+                    if self.flows.get(&conn.flow) == Some(&id) {
+                        self.flows.remove(&conn.flow);
+                    }
+                    self.set_deadline(id, None);
+                } else {
+                    self.remove(id);
+                }
+                return;
+            }
+            State::SynSent | State::SynReceived | State::Closed => {}
+            state @ (State::Established
+            | State::CloseWait
+            | State::FinWait1
+            | State::FinWait2
+            | State::Closing
+            | State::LastAck
+            | State::TimeWait) => {
+                if !conn.established {
+                    conn.established = true;
+                    conn.expires = None;
+                    self.half_open -= usize::from(passive);
+                    if let Origin::Listener(bind) = conn.origin {
+                        match self.listeners.get_mut(&bind) {
+                            Some(listener) => {
+                                conn.attached = true;
+                                listener.queue.push_back(id);
+                                if let Some(waker) = listener.waker.take() {
+                                    waker.wake();
+                                }
+                            }
+                            None => conn.socket().abort(),
+                        }
+                    }
+                }
+                if state == State::TimeWait && conn.time_wait_since.is_none() {
+                    conn.time_wait_since = Some(now);
+                }
+                if !conn.attached {
+                    if conn.socket().can_recv() {
+                        // Nobody will read this: tell the peer (RFC 1122 §4.2.2.13).
+                        conn.socket().abort();
+                    }
+                    if state == State::FinWait2 {
+                        let latest = now + FIN_WAIT_TIME;
+                        conn.expires = Some(conn.expires.map_or(latest, |at| at.min(latest)));
+                    }
+                    if state == State::TimeWait {
+                        conn.expires = None;
+                        self.time_wait.insert(id);
+                    }
+                }
+            }
+        }
+        let expires = conn.expires;
+        let timer = if resting { None } else { self.iface.poll_at(at, &conn.sockets) };
+        let timer = timer.map(|at| self.real(at).max(now + SHORTEST_WAIT));
+        let deadline = match (timer, expires) {
+            (Some(timer), Some(expires)) => Some(timer.min(expires)),
+            (timer, expires) => timer.or(expires),
+        };
+        self.set_deadline(id, deadline);
+        while self.time_wait.len() > MAX_TIME_WAIT {
+            let Some(oldest) = self.time_wait.first().copied() else { break };
+            self.remove(oldest);
+        }
+    }
+
+    fn set_deadline(&mut self, id: ConnId, deadline: Option<Instant>) {
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        if conn.deadline == deadline {
+            return;
+        }
+        if let Some(old) = conn.deadline {
+            self.deadlines.remove(&(old, id));
+        }
+        conn.deadline = deadline;
+        if let Some(new) = deadline {
+            self.deadlines.insert((new, id));
+        }
+    }
+
+    fn touch(&mut self, id: ConnId) {
+        if let Some(conn) = self.conns.get_mut(&id)
+            && !conn.queued
+        {
+            conn.queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    fn remove(&mut self, id: ConnId) {
+        let Some(conn) = self.conns.remove(&id) else { return };
+        if let Some(at) = conn.deadline {
+            self.deadlines.remove(&(at, id));
+        }
+        if self.flows.get(&conn.flow) == Some(&id) {
+            self.flows.remove(&conn.flow);
+        }
+        self.time_wait.remove(&id);
+        if !conn.established && conn.origin != Origin::Dialed {
+            self.half_open -= 1;
+        }
+    }
+
+    // --- TCP -----------------------------------------------------------------------------------------------------
+
+    /// Starts connecting; [`poll_connected`](Self::poll_connected) tells how it went.
+    pub(super) fn connect(&mut self, remote: SocketAddr) -> Result<ConnId, ErrorKind> {
+        if remote.port() == 0 || remote.ip().is_unspecified() || remote.ip().is_multicast() {
+            return Err(ErrorKind::InvalidInput);
+        }
+        let source = self.source_for(remote.ip()).ok_or(ErrorKind::NetworkUnreachable)?;
+        let local = self.free_port(|stack, port| {
+            let flow = Flow { local: SocketAddr::new(source, port), remote };
+            !stack.flows.contains_key(&flow)
+        });
+        let local = SocketAddr::new(source, local.ok_or(ErrorKind::AddrInUse)?);
+        if !self.make_room() {
+            return Err(ErrorKind::ResourceBusy);
+        }
+        let mut socket = self.socket();
+        let (to, from) = (IpEndpoint::from(remote), IpEndpoint::from(local));
+        socket.connect(self.iface.context(), to, from).map_err(|_| ErrorKind::InvalidInput)?;
+        let id = self.insert(Flow { local, remote }, Origin::Dialed, socket);
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.attached = true;
+        }
+        self.touch(id);
+        Ok(id)
+    }
+
+    /// Admits a parked SYN: the handshake goes on, the connection is the caller's.
+    pub(super) fn admit(&mut self, now: Instant, flow: Flow) -> Result<ConnId, ErrorKind> {
+        let syn = self.parked.remove(&flow).ok_or(ErrorKind::NotFound)?;
+        if self.flows.contains_key(&flow) || !self.open_passive(now, flow, Origin::Admitted, syn) {
+            return Err(ErrorKind::ResourceBusy);
+        }
+        let id = *self.flows.get(&flow).ok_or(ErrorKind::ConnectionReset)?;
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.attached = true;
+        }
+        Ok(id)
+    }
+
+    /// Answers a parked SYN with a reset.
+    pub(super) fn refuse_tcp(&mut self, now: Instant, flow: Flow) {
+        if let Some(syn) = self.parked.remove(&flow) {
+            self.feed(now, None, syn);
+        }
+    }
+
+    /// Drops a parked SYN without an answer; the peer will ask again.
+    pub(super) fn forget(&mut self, flow: Flow) {
+        self.parked.remove(&flow);
+    }
+
+    /// Answers a whole packet as a stack without that socket does: port unreachable, or reset.
+    pub(super) fn refuse_packet(&mut self, now: Instant, packet: Vec<u8>) {
+        self.feed(now, None, packet);
+    }
+
+    fn open_passive(&mut self, now: Instant, flow: Flow, origin: Origin, syn: Vec<u8>) -> bool {
+        if self.half_open >= MAX_HALF_OPEN || !self.make_room() {
+            return false;
+        }
+        let mut socket = self.socket();
+        if socket.listen(IpListenEndpoint::from(IpEndpoint::from(flow.local))).is_err() {
+            return false;
+        }
+        let id = self.insert(flow, origin, socket);
+        self.half_open += 1;
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.expires = Some(now + HALF_OPEN_TIME);
+        }
+        self.feed(now, Some(id), syn);
+        true
+    }
+
+    fn insert(&mut self, flow: Flow, origin: Origin, socket: Socket<'static>) -> ConnId {
+        let mut sockets = SocketSet::new(Vec::with_capacity(1));
+        let handle = sockets.add(socket);
+        let id = ConnId(self.next_id);
+        self.next_id += 1;
+        let conn = Conn {
+            sockets,
+            handle,
+            flow,
+            origin,
+            attached: false,
+            established: false,
+            shut: false,
+            queued: false,
+            deadline: None,
+            expires: None,
+            time_wait_since: None,
+        };
+        self.conns.insert(id, conn);
+        self.flows.insert(flow, id);
+        id
+    }
+
+    fn socket(&self) -> Socket<'static> {
+        let mut socket = Socket::new(
+            SocketBuffer::new(vec![0; self.config.receive_buffer]),
+            SocketBuffer::new(vec![0; self.config.send_buffer]),
+        );
+        socket.set_congestion_control(CongestionControl::Cubic);
+        socket.set_nagle_enabled(false);
+        socket.set_timeout(Some(self.config.silence.into()));
+        socket.set_keep_alive(self.config.keep_alive.map(Into::into));
+        socket
+    }
+
+    /// Whether one more connection fits, letting an old one in TIME-WAIT go if it must.
+    fn make_room(&mut self) -> bool {
+        if self.conns.len() >= self.config.max_connections
+            && let Some(oldest) = self.time_wait.first().copied()
+        {
+            self.remove(oldest);
+        }
+        self.conns.len() < self.config.max_connections
+    }
+
+    /// The address to talk to `remote` from.
+    fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
+        let family = |address: &&IpAddr| address.is_ipv4() == remote.is_ipv4();
+        let mut own = self.addresses.iter().filter(family);
+        own.find(|address| !is_service_address(**address)).or_else(|| self.addresses.iter().find(family)).copied()
+    }
+
+    fn free_port(&mut self, free: impl Fn(&Self, u16) -> bool) -> Option<u16> {
+        (0..256).find_map(|_| {
+            let port = self.rng.random_range(DYNAMIC_PORTS);
+            free(self, port).then_some(port)
+        })
+    }
+
+    /// Ready when the handshake is done, or has failed.
+    pub(super) fn poll_connected(&mut self, id: ConnId, waker: &Waker) -> Poll<Result<(), ErrorKind>> {
+        let Some(conn) = self.conns.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
+        match conn.state() {
+            State::SynSent | State::SynReceived => {
+                conn.socket().register_send_waker(waker);
+                Poll::Pending
+            }
+            State::Closed | State::Listen if !conn.established => Poll::Ready(Err(ErrorKind::ConnectionRefused)),
+            State::Closed
+            | State::Listen
+            | State::Established
+            | State::FinWait1
+            | State::FinWait2
+            | State::CloseWait
+            | State::Closing
+            | State::LastAck
+            | State::TimeWait => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Reads into `buffer`; zero bytes mean that the peer has closed its side.
+    pub(super) fn poll_read(&mut self, id: ConnId, waker: &Waker, buffer: &mut [u8]) -> Poll<Result<usize, ErrorKind>> {
+        let Some(conn) = self.conns.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
+        let connecting = matches!(conn.state(), State::SynSent | State::SynReceived);
+        let socket = conn.socket();
+        if connecting {
+            socket.register_recv_waker(waker);
+            return Poll::Pending;
+        }
+        match socket.recv_slice(buffer) {
+            Ok(0) => {
+                socket.register_recv_waker(waker);
+                Poll::Pending
+            }
+            Ok(read) => {
+                self.touch(id);
+                Poll::Ready(Ok(read))
+            }
+            Err(RecvError::Finished) => Poll::Ready(Ok(0)),
+            Err(RecvError::InvalidState) => Poll::Ready(Err(ErrorKind::ConnectionReset)),
+        }
+    }
+
+    /// Queues as much of `bytes` as there is room for.
+    pub(super) fn poll_write(&mut self, id: ConnId, waker: &Waker, bytes: &[u8]) -> Poll<Result<usize, ErrorKind>> {
+        let Some(conn) = self.conns.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
+        if conn.shut {
+            return Poll::Ready(Err(ErrorKind::BrokenPipe));
+        }
+        match conn.state() {
+            State::SynSent | State::SynReceived => {
+                conn.socket().register_send_waker(waker);
+                Poll::Pending
+            }
+            State::Established | State::CloseWait => match conn.socket().send_slice(bytes) {
+                Ok(0) => {
+                    conn.socket().register_send_waker(waker);
+                    Poll::Pending
+                }
+                Ok(written) => {
+                    self.touch(id);
+                    Poll::Ready(Ok(written))
+                }
+                Err(_) => Poll::Ready(Err(ErrorKind::BrokenPipe)),
+            },
+            State::Closed
+            | State::Listen
+            | State::FinWait1
+            | State::FinWait2
+            | State::Closing
+            | State::LastAck
+            | State::TimeWait => Poll::Ready(Err(ErrorKind::ConnectionReset)),
+        }
+    }
+
+    /// Closes our side: the peer reads to the end of what was written.
+    pub(super) fn shut_down(&mut self, id: ConnId) {
+        if let Some(conn) = self.conns.get_mut(&id)
+            && !conn.shut
+        {
+            conn.shut = true;
+            conn.socket().close();
+            self.touch(id);
+        }
+    }
+
+    /// Ends the connection with a reset.
+    pub(super) fn reset(&mut self, id: ConnId) {
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.shut = true;
+            if conn.state() != State::TimeWait {
+                conn.socket().abort();
+            }
+            self.touch(id);
+        }
+    }
+
+    /// The caller lets go: what was written is still delivered.
+    pub(super) fn release(&mut self, now: Instant, id: ConnId) {
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        conn.attached = false;
+        conn.expires = Some(now + LINGER_TIME);
+        if conn.socket().can_recv() && conn.state() != State::Closed {
+            conn.socket().abort();
+        } else {
+            conn.socket().close();
+        }
+        self.touch(id);
+    }
+
+    /// Both ends of a connection.
+    pub(super) fn flow(&self, id: ConnId) -> Option<Flow> {
+        self.conns.get(&id).map(|conn| conn.flow)
+    }
+
+    // --- listeners -----------------------------------------------------------------------------------------------
+
+    /// Starts listening; port 0 takes a free one. Says where.
+    pub(super) fn listen(&mut self, bind: Bind, backlog: usize) -> Result<Bind, ErrorKind> {
+        let bind = match bind.port {
+            0 => {
+                let port = self.free_port(|stack, port| !stack.listeners.keys().any(|b| b.port == port));
+                Bind { port: port.ok_or(ErrorKind::AddrInUse)?, ..bind }
+            }
+            _ => bind,
+        };
+        if self.listeners.contains_key(&bind) {
+            return Err(ErrorKind::AddrInUse);
+        }
+        self.listeners.insert(bind, Listener { backlog: backlog.max(1), ..Listener::default() });
+        Ok(bind)
+    }
+
+    fn listener_for(&self, local: SocketAddr) -> Option<Bind> {
+        let candidates = [Bind::exactly(local), Bind::port(local.port())];
+        candidates.into_iter().find(|bind| self.listeners.contains_key(bind))
+    }
+
+    /// The next established connection.
+    pub(super) fn poll_accept(&mut self, bind: Bind, waker: &Waker) -> Poll<Result<(ConnId, Flow), ErrorKind>> {
+        let Some(listener) = self.listeners.get_mut(&bind) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
+        while let Some(id) = listener.queue.pop_front() {
+            if let Some(conn) = self.conns.get(&id) {
+                return Poll::Ready(Ok((id, conn.flow)));
+            }
+        }
+        listener.waker = Some(waker.clone());
+        Poll::Pending
+    }
+
+    /// Stops listening; connections that nobody accepted are reset.
+    pub(super) fn unlisten(&mut self, now: Instant, bind: Bind) {
+        let Some(listener) = self.listeners.remove(&bind) else { return };
+        for id in listener.queue {
+            self.reset(id);
+            self.release(now, id);
+        }
+    }
+
+    // --- UDP -----------------------------------------------------------------------------------------------------
+
+    /// Binds a UDP socket; port 0 takes a free one.
+    pub(super) fn bind_udp(&mut self, bind: Bind) -> Result<(UdpId, Bind), ErrorKind> {
+        let bind = match bind.port {
+            0 => {
+                let port = self.free_port(|stack, port| !stack.udp_ports.keys().any(|b| b.port == port));
+                Bind { port: port.ok_or(ErrorKind::AddrInUse)?, ..bind }
+            }
+            _ => bind,
+        };
+        if self.udp_ports.contains_key(&bind) {
+            return Err(ErrorKind::AddrInUse);
+        }
+        let id = UdpId(self.next_id);
+        self.next_id += 1;
+        self.udp_ports.insert(bind, id);
+        self.udp.insert(id, Udp { bind, queue: VecDeque::new(), waker: None });
+        Ok((id, bind))
+    }
+
+    /// Sends one datagram from a bound socket.
+    pub(super) fn send_udp(&mut self, id: UdpId, remote: SocketAddr, payload: &[u8]) -> Result<(), ErrorKind> {
+        let bind = self.udp.get(&id).ok_or(ErrorKind::NotConnected)?.bind;
+        let source = match bind.address {
+            Some(address) => address,
+            None => self.source_for(remote.ip()).ok_or(ErrorKind::NetworkUnreachable)?,
+        };
+        self.send_datagram(Flow { local: SocketAddr::new(source, bind.port), remote }, payload)
+    }
+
+    /// Sends one datagram from any of our addresses and ports.
+    pub(super) fn send_datagram(&mut self, flow: Flow, payload: &[u8]) -> Result<(), ErrorKind> {
+        if flow.remote.port() == 0 || flow.remote.ip().is_unspecified() || flow.remote.ip().is_multicast() {
+            return Err(ErrorKind::InvalidInput);
+        }
+        let packet = packet::build_udp(flow, payload, self.phy.mtu()).ok_or(ErrorKind::InvalidInput)?;
+        if !self.phy.has_room() {
+            self.drops.datagrams += 1;
+            return Err(ErrorKind::WouldBlock);
+        }
+        self.phy.out.push(packet);
+        Ok(())
+    }
+
+    /// The next datagram.
+    pub(super) fn poll_recv_udp(&mut self, id: UdpId, waker: &Waker) -> Poll<Result<(Flow, Vec<u8>), ErrorKind>> {
+        let Some(socket) = self.udp.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
+        match socket.queue.pop_front() {
+            Some(datagram) => Poll::Ready(Ok(datagram)),
+            None => {
+                socket.waker = Some(waker.clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Frees a UDP socket's port.
+    pub(super) fn close_udp(&mut self, id: UdpId) {
+        if let Some(socket) = self.udp.remove(&id) {
+            self.udp_ports.remove(&socket.bind);
+        }
+    }
+
+    /// Ends everything: connections are reset, and every waiting task is woken to an error.
+    pub(super) fn close(&mut self, now: Instant) {
+        for listener in std::mem::take(&mut self.listeners).into_values() {
+            if let Some(waker) = listener.waker {
+                waker.wake();
+            }
+        }
+        for socket in std::mem::take(&mut self.udp).into_values() {
+            if let Some(waker) = socket.waker {
+                waker.wake();
+            }
+        }
+        self.udp_ports.clear();
+        self.parked.clear();
+        let all: Vec<ConnId> = self.conns.keys().copied().collect();
+        for id in all {
+            self.reset(id);
+        }
+        self.flush(now);
+    }
+
+    // --- time ----------------------------------------------------------------------------------------------------
+
+    /// smoltcp's clock starts at one second, since it takes zero for "at once".
+    fn smol(&self, now: Instant) -> smoltcp::time::Instant {
+        let since = now.saturating_duration_since(self.epoch) + Duration::from_secs(1);
+        smoltcp::time::Instant::from_micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+    }
+
+    fn real(&self, at: smoltcp::time::Instant) -> Instant {
+        let micros = u64::try_from(at.total_micros()).unwrap_or(0);
+        self.epoch + Duration::from_micros(micros).saturating_sub(Duration::from_secs(1))
+    }
+}
