@@ -4,6 +4,7 @@
 #[cfg(feature = "server")]
 pub mod admin;
 pub mod channel;
+pub mod client;
 #[cfg(feature = "tokio")]
 pub mod driver;
 pub mod netmap;
