@@ -93,10 +93,7 @@ impl Initiator {
         rng: &mut (impl CryptoRng + ?Sized),
     ) -> Result<(Self, [u8; INITIATION_LEN]), NoiseError> {
         let (resolver, statik) = resolver(machine, rng);
-        let mut state = builder(resolver, &prologue(version), statik.bytes())
-            .remote_public_key(control.as_bytes())
-            .and_then(Builder::build_initiator)
-            .expect("the pattern has all it needs");
+        let mut state = initiator(builder(resolver, &prologue(version), statik.bytes()), control);
         let mut message = [0; INITIATION_LEN];
         message[..2].copy_from_slice(&version.to_be_bytes());
         message[2] = INITIATION_TYPE;
@@ -164,18 +161,15 @@ impl Responder {
         }
         let version = u16::from_be_bytes([initiation[0], initiation[1]]);
         let (resolver, statik) = resolver(control, rng);
-        let mut state = builder(resolver, &prologue(version), statik.bytes())
-            .build_responder()
-            .expect("the pattern has all it needs");
+        let mut state = responder(builder(resolver, &prologue(version), statik.bytes()));
         state.read_message(&initiation[INITIATION_HEADER..], &mut []).map_err(|error| NoiseError::from_snow(&error))?;
-        let mut machine = [0; 32];
-        machine.copy_from_slice(state.get_remote_static().expect("the first message carries the static key"));
+        let machine = remote_static(&state);
 
         let mut message = [0; RESPONSE_LEN];
         message[0] = RESPONSE_TYPE;
         message[1..RESPONSE_HEADER].copy_from_slice(&[0, 48]);
         state.write_message(&[], &mut message[RESPONSE_HEADER..]).map_err(|error| NoiseError::from_snow(&error))?;
-        let accepted = Accepted { version, machine: MachinePublic::from_bytes(machine), split: split(&mut state) };
+        let accepted = Accepted { version, machine, split: split(&mut state) };
         Ok((accepted, message))
     }
 }
@@ -270,6 +264,23 @@ fn builder<'a>(resolver: Resolver, prologue: &'a str, private: &'a [u8; 32]) -> 
         .prologue(prologue.as_bytes())
         .and_then(|builder| builder.local_private_key(private))
         .expect("each setting is given once")
+}
+
+fn initiator(builder: Builder<'_>, control: &MachinePublic) -> HandshakeState {
+    builder
+        .remote_public_key(control.as_bytes())
+        .and_then(Builder::build_initiator)
+        .expect("the pattern has all it needs")
+}
+
+fn responder(builder: Builder<'_>) -> HandshakeState {
+    builder.build_responder().expect("the pattern has all it needs")
+}
+
+fn remote_static(state: &HandshakeState) -> MachinePublic {
+    let mut key = [0; 32];
+    key.copy_from_slice(state.get_remote_static().expect("the first message carries the static key"));
+    MachinePublic::from_bytes(key)
 }
 
 fn split(state: &mut HandshakeState) -> Split {

@@ -259,7 +259,8 @@ mod tests {
         let len = a.seal(a.reserve(1).unwrap(), &mut buf, 5);
         assert_eq!(len, 48);
         assert_eq!(buf[..16], [4, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(a.open(&mut buf.clone()[..len]), Err(Reject::UnknownIndex));
+        let mut elsewhere = buf;
+        assert_eq!(a.open(&mut elsewhere[..len]), Err(Reject::UnknownIndex));
         let opened = b.open(&mut buf[..len]).unwrap();
         assert_eq!((opened.counter, &*opened.packet), (0, &b"hello\0\0\0\0\0\0\0\0\0\0\0"[..]));
         assert!(b.replay().accept(0));

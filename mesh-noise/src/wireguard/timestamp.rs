@@ -73,7 +73,8 @@ mod tests {
     #[test]
     fn the_label_is_tai64n_with_a_coarse_fraction() {
         let wall = UNIX_EPOCH + Duration::new(0x5f5e_1000, 999_999_999);
-        let stamp = WallClock::new(start(), wall).timestamp(start());
+        let now = start();
+        let stamp = WallClock::new(now, wall).timestamp(now);
         assert_eq!(stamp.to_bytes()[..8], 0x4000_0000_5f5e_100a_u64.to_be_bytes());
         assert_eq!(stamp.to_bytes()[8..], (999_999_999_u32 & 0xff00_0000).to_be_bytes());
     }

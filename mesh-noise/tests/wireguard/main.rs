@@ -1,0 +1,8 @@
+//! WireGuard between two interfaces in virtual time, and between ours and boringtun.
+
+mod boringtun_peer;
+mod chaos;
+mod handshake;
+mod pair;
+mod roaming;
+mod timers;
