@@ -1,0 +1,250 @@
+//! What the threads know of one peer: the session to send on, the path, what is parked, counters.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwapOption;
+use mesh_nat::Path;
+use mesh_noise::key::NodePublic;
+use mesh_noise::wireguard::Session;
+use mesh_tun::batch::Batch;
+use mesh_tun::filter::Standing;
+
+/// Packets kept for a peer without a session: the latest, since what waits longest is retransmitted first.
+const PARKED: usize = 64;
+
+/// Datagrams with transport data, and the bytes in them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Datagrams sent.
+    pub tx_packets: u64,
+    /// Bytes of the datagrams sent.
+    pub tx_bytes: u64,
+    /// Datagrams received.
+    pub rx_packets: u64,
+    /// Bytes of the datagrams received.
+    pub rx_bytes: u64,
+}
+
+/// The traffic of a peer by kind of path.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PeerTraffic {
+    /// Between our sockets and the peer.
+    pub direct: Traffic,
+    /// Through a relay.
+    pub relay: Traffic,
+}
+
+/// One peer. Threads read it without locks; the engine changes it in place.
+#[derive(Debug)]
+pub(super) struct PeerCell {
+    key: NodePublic,
+    session: ArcSwapOption<Session>,
+    path: ArcSwapOption<Path>,
+    seen: ArcSwapOption<Path>,
+    jailed: AtomicBool,
+    parked: Mutex<Parked>,
+    direct: TrafficCounters,
+    relay: TrafficCounters,
+}
+
+/// Packets that wait for a session.
+#[derive(Debug, Default)]
+pub(super) struct Parked {
+    packets: VecDeque<Vec<u8>>,
+    /// Whether the engine has been told.
+    told: bool,
+}
+
+#[derive(Debug, Default)]
+struct TrafficCounters {
+    tx_packets: AtomicU64,
+    tx_bytes: AtomicU64,
+    rx_packets: AtomicU64,
+    rx_bytes: AtomicU64,
+}
+
+impl PeerCell {
+    pub(super) fn new(key: NodePublic) -> Self {
+        Self {
+            key,
+            session: ArcSwapOption::empty(),
+            path: ArcSwapOption::empty(),
+            seen: ArcSwapOption::empty(),
+            jailed: AtomicBool::new(false),
+            parked: Mutex::default(),
+            direct: TrafficCounters::default(),
+            relay: TrafficCounters::default(),
+        }
+    }
+
+    pub(super) fn key(&self) -> NodePublic {
+        self.key
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        if self.jailed.load(Ordering::Relaxed) { Standing::Jailed } else { Standing::Ordinary }
+    }
+
+    pub(super) fn set_standing(&self, standing: Standing) {
+        self.jailed.store(standing == Standing::Jailed, Ordering::Relaxed);
+    }
+
+    pub(super) fn path(&self) -> Option<Path> {
+        self.path.load().as_deref().copied()
+    }
+
+    pub(super) fn set_path(&self, path: Option<Path>) {
+        self.path.store(path.map(Arc::new));
+    }
+
+    /// Notes the direct path that authentic data came by; true if it is another one than last time.
+    pub(super) fn note_seen(&self, path: Path) -> bool {
+        if !path.is_direct() || self.seen.load().as_deref() == Some(&path) {
+            return false;
+        }
+        self.seen.store(Some(Arc::new(path)));
+        true
+    }
+
+    /// The session to send on, and the first of `count` counters of it.
+    pub(super) fn reserve(&self, count: usize) -> Option<(Arc<Session>, u64)> {
+        let session = self.session.load();
+        let first = session.as_ref()?.reserve(count as u64)?;
+        Some((Arc::clone(session.as_ref()?), first))
+    }
+
+    /// A poisoned queue holds whole packets all the same.
+    pub(super) fn parked(&self) -> MutexGuard<'_, Parked> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends on `session` from now on. The caller holds the parked packets and has sent them.
+    pub(super) fn set_session(&self, session: Arc<Session>, parked: &mut Parked) {
+        self.session.store(Some(session));
+        parked.told = false;
+    }
+
+    pub(super) fn forget_session(&self) {
+        self.session.store(None);
+    }
+
+    /// Stops sending on the session with this receiver index, if it is the present one.
+    pub(super) fn forget_session_if(&self, receiver_index: u32) {
+        // Under the lock that `set_session` is called under, so that a newer session is not forgotten.
+        let _parked = self.parked();
+        if self.session.load().as_ref().is_some_and(|session| session.receiver_index() == receiver_index) {
+            self.session.store(None);
+        }
+    }
+
+    /// Drops what is parked and returns how many packets that were.
+    pub(super) fn drop_parked(&self) -> usize {
+        let mut parked = self.parked();
+        parked.told = false;
+        parked.packets.drain(..).count()
+    }
+
+    pub(super) fn traffic(&self) -> PeerTraffic {
+        PeerTraffic { direct: self.direct.read(), relay: self.relay.read() }
+    }
+
+    pub(super) fn note_tx(&self, path: &Path, packets: usize, bytes: usize) {
+        let counters = self.counters(path);
+        counters.tx_packets.fetch_add(packets as u64, Ordering::Relaxed);
+        counters.tx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn note_rx(&self, path: &Path, packets: usize, bytes: usize) {
+        let counters = self.counters(path);
+        counters.rx_packets.fetch_add(packets as u64, Ordering::Relaxed);
+        counters.rx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn counters(&self, path: &Path) -> &TrafficCounters {
+        if path.is_relay() { &self.relay } else { &self.direct }
+    }
+}
+
+impl Parked {
+    /// Keeps a copy; true if the oldest had to go for it.
+    pub(super) fn push(&mut self, packet: &[u8]) -> bool {
+        let full = self.packets.len() == PARKED;
+        if full {
+            self.packets.pop_front();
+        }
+        self.packets.push_back(packet.to_vec());
+        full
+    }
+
+    /// Takes everything, oldest first.
+    pub(super) fn drain(&mut self) -> Batch {
+        let longest = self.packets.iter().map(Vec::len).max().unwrap_or(0);
+        let mut batch = Batch::new(self.packets.len(), longest);
+        for packet in self.packets.drain(..) {
+            let fits = batch.push(&packet);
+            debug_assert!(fits, "there is a slot for each, as long as the longest");
+        }
+        batch
+    }
+
+    /// Tells the engine by `tell` unless that was done; if it fails, the next packet tries again.
+    pub(super) fn tell(&mut self, tell: impl FnOnce() -> bool) {
+        if !self.told {
+            self.told = tell();
+        }
+    }
+}
+
+impl TrafficCounters {
+    fn read(&self) -> Traffic {
+        Traffic {
+            tx_packets: self.tx_packets.load(Ordering::Relaxed),
+            tx_bytes: self.tx_bytes.load(Ordering::Relaxed),
+            rx_packets: self.rx_packets.load(Ordering::Relaxed),
+            rx_bytes: self.rx_bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_nat::SocketId;
+
+    #[test]
+    fn the_latest_packets_are_kept() {
+        let cell = PeerCell::new(NodePublic::default());
+        let pushed_out = (0..PARKED + 3).filter(|n| cell.parked().push(&[u8::try_from(*n).unwrap()])).count();
+        assert_eq!((pushed_out, cell.parked().drain().packet(0).to_vec()), (3, vec![3]));
+        assert_eq!(cell.drop_parked(), 0);
+    }
+
+    #[test]
+    fn the_engine_is_told_once_until_packets_are_dropped() {
+        let cell = PeerCell::new(NodePublic::default());
+        let tell = |outcome| {
+            let mut told = false;
+            cell.parked().tell(|| {
+                told = true;
+                outcome
+            });
+            told
+        };
+        assert!(tell(false), "no room for the notice");
+        assert!(tell(true), "so it is tried again");
+        assert!(!tell(true));
+        cell.drop_parked();
+        assert!(tell(true));
+    }
+
+    #[test]
+    fn a_direct_path_is_seen_once() {
+        let cell = PeerCell::new(NodePublic::default());
+        let direct = |port| Path::Direct { socket: SocketId(0), remote: ([192, 0, 2, 1], port).into() };
+        assert!(cell.note_seen(direct(1)));
+        assert!(!cell.note_seen(direct(1)));
+        assert!(cell.note_seen(direct(2)));
+    }
+}

@@ -1,0 +1,192 @@
+//! The TX thread: packets from the device, sealed and sent.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use arc_swap::Guard;
+use mesh_nat::Path;
+use mesh_noise::wireguard::{HEADER_LEN, Session};
+use mesh_tun::batch::Batch;
+use mesh_tun::filter::Filter;
+use mesh_tun::linux::udp::{Outgoing, UdpBatch};
+use mesh_tun::packet::{self, Packet, Transport};
+
+use super::peer::PeerCell;
+use super::{DropReason, IDLE, Notice, NumberedSocket, Shared};
+
+/// Carries packets until the device is closed.
+pub(super) fn run(shared: &Shared) {
+    let mut transmitter = Transmitter::new(shared, shared.new_batch());
+    while !shared.is_stopped() {
+        if let Err(error) = transmitter.step() {
+            if error.kind() != io::ErrorKind::BrokenPipe {
+                shared.notify(Notice::Failed { what: format!("device: {error}") });
+            }
+            return;
+        }
+    }
+}
+
+/// Sends what is parked for `peer` on `session`, and from then on everything.
+///
+/// The queue stays locked meanwhile: a packet that the TX thread wants to park waits, and then finds the session.
+pub(super) fn release(shared: &Shared, peer: &Arc<PeerCell>, session: &Arc<Session>) {
+    let mut parked = peer.parked();
+    let mut transmitter = Transmitter::new(shared, parked.drain());
+    let count = transmitter.batch.len();
+    if count > 0 {
+        if let Some(first) = session.reserve(count as u64) {
+            transmitter.send_run(peer, session, first, 0..count, shared.now_ms());
+            transmitter.flush();
+        } else {
+            shared.drops.add(DropReason::NoSession, count);
+        }
+    }
+    peer.set_session(Arc::clone(session), &mut parked);
+}
+
+/// A batch on its way from the device to sockets and relay.
+struct Transmitter<'a> {
+    shared: &'a Shared,
+    batch: Batch,
+    sockets: Guard<Arc<Vec<NumberedSocket>>>,
+    /// By position in `sockets`.
+    outgoing: Vec<Vec<Outgoing>>,
+}
+
+impl<'a> Transmitter<'a> {
+    fn new(shared: &'a Shared, batch: Batch) -> Self {
+        let sockets = shared.sockets.load();
+        let outgoing = sockets.iter().map(|_| Vec::with_capacity(batch.capacity())).collect();
+        Self { shared, batch, sockets, outgoing }
+    }
+
+    /// One batch.
+    fn step(&mut self) -> io::Result<()> {
+        self.batch.clear();
+        let count = self.shared.device.read_batch(&mut self.batch, IDLE)?;
+        if count == 0 {
+            return Ok(());
+        }
+        self.sockets = self.shared.sockets.load();
+        self.outgoing.resize_with(self.sockets.len(), Vec::new);
+        let now_ms = self.shared.now_ms();
+        let routes = self.shared.routes.load();
+        let filter = self.shared.filter.load();
+        let route = |batch: &Batch, index: usize| {
+            let destination = packet::destination(batch.packet(index)).ok_or(DropReason::Malformed)?;
+            routes.lookup(destination).ok_or(DropReason::NoPeer)
+        };
+        let mut start = 0;
+        while start < count {
+            let peer = match route(&self.batch, start) {
+                Ok(peer) => peer,
+                Err(reason) => {
+                    self.shared.drops.add(reason, 1);
+                    start += 1;
+                    continue;
+                }
+            };
+            // Neighbours for one peer share a session, a path and the counters' increments.
+            let same = |index| matches!(route(&self.batch, index), Ok(next) if Arc::ptr_eq(next, peer));
+            let end = (start + 1..count).find(|index| !same(*index)).unwrap_or(count);
+            self.note_flows(&filter, start..end, now_ms);
+            if let Some((session, first)) = peer.reserve(end - start).or_else(|| self.park(peer, start..end)) {
+                self.send_run(peer, &session, first, start..end, now_ms);
+            }
+            start = end;
+        }
+        self.flush();
+        // Holding on to old sockets would keep closed ones open while the device is idle.
+        self.sockets = Guard::from_inner(Arc::default());
+        Ok(())
+    }
+
+    /// Lets answers to these packets in.
+    fn note_flows(&self, filter: &Filter, run: Range<usize>, now_ms: u64) {
+        for index in run {
+            if let Ok(packet) = Packet::parse(self.batch.packet(index))
+                && matches!(packet.transport, Transport::Udp { .. } | Transport::Sctp { .. })
+            {
+                filter.note_outbound(&packet, std::time::Duration::from_millis(now_ms));
+            }
+        }
+    }
+
+    /// Keeps packets until there is a session, unless there is one by now.
+    fn park(&self, peer: &Arc<PeerCell>, run: Range<usize>) -> Option<(Arc<Session>, u64)> {
+        let mut parked = peer.parked();
+        if let Some(reserved) = peer.reserve(run.len()) {
+            return Some(reserved);
+        }
+        let pushed_out = run.filter(|index| parked.push(self.batch.packet(*index))).count();
+        self.shared.drops.add(DropReason::NoSession, pushed_out);
+        parked.tell(|| self.shared.notify(Notice::WantSession { peer: peer.key() }));
+        None
+    }
+
+    /// Seals the packets of a run and hands them to the peer's path; direct ones leave with [`Transmitter::flush`].
+    fn send_run(&mut self, peer: &PeerCell, session: &Session, first: u64, run: Range<usize>, now_ms: u64) {
+        let drops = &self.shared.drops;
+        let count = run.len();
+        let Some(path) = peer.path() else {
+            drops.add(DropReason::NoPath, count);
+            return;
+        };
+        let mut bytes = 0;
+        for (index, counter) in run.clone().zip(first..) {
+            let len = self.batch.packet(index).len();
+            let sealed = session.seal(counter, self.batch.with_room(index, HEADER_LEN), len);
+            self.batch.grow(index, HEADER_LEN, sealed);
+            bytes += sealed;
+        }
+        let sent = match path {
+            Path::Direct { socket, remote } => match self.sockets.iter().position(|(id, _)| *id == socket) {
+                Some(at) => {
+                    self.outgoing[at].extend(run.map(|index| Outgoing { to: remote, index }));
+                    count
+                }
+                None => {
+                    drops.add(DropReason::NoSocket, count);
+                    0
+                }
+            },
+            Path::Relay { region } => {
+                let mut datagrams = run.map(|index| self.batch.packet(index));
+                let taken = self.shared.relay.send(region, peer.key(), &mut datagrams).min(count);
+                drops.add(DropReason::RelayFull, count - taken);
+                taken
+            }
+            Path::PeerRelay { .. } => {
+                drops.add(DropReason::NoSocket, count);
+                0
+            }
+        };
+        if sent > 0 {
+            peer.note_tx(&path, sent, bytes);
+        }
+        // Noted even if dropped here: to the timers it makes no difference where a datagram gets lost.
+        if session.activity().note_sent(now_ms, count as u64, bytes as u64) {
+            self.shared.notify(Notice::PeerActive { peer: peer.key() });
+        }
+    }
+
+    /// Sends what has gathered for the sockets.
+    fn flush(&mut self) {
+        for ((_, socket), outgoing) in self.sockets.iter().zip(&mut self.outgoing) {
+            if !outgoing.is_empty() {
+                self.shared.count_sent(socket, &self.batch, outgoing);
+                outgoing.clear();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn count_sent(&self, socket: &UdpBatch, batch: &Batch, outgoing: &[Outgoing]) {
+        let sent = socket.send_batch(batch, outgoing);
+        self.drops.add(DropReason::SendFailed, sent.failed);
+        self.drops.add(DropReason::SendBufferFull, sent.dropped);
+    }
+}
