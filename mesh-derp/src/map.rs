@@ -91,7 +91,6 @@ pub mod region_or_zero {
     ///
     /// # Errors
     /// Those of the writer.
-    #[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
     pub fn serialize<S: Serializer>(id: &Option<RegionId>, writer: S) -> Result<S::Ok, S::Error> {
         writer.serialize_u16(id.map_or(0, RegionId::get))
     }

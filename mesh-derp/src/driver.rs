@@ -1,0 +1,85 @@
+//! Sockets and clocks: the parts that need tokio.
+//!
+//! [`listener`] accepts connections and reads their HTTP request heads, [`server`] is the relay behind it, [`client`] is
+//! one node's connection to a region.
+
+use std::convert::Infallible;
+use std::io;
+use std::path::Path;
+use std::time::Instant;
+
+use rand_core::{Rng, TryCryptoRng, TryRng};
+
+pub mod client;
+#[cfg(feature = "server")]
+pub mod listener;
+#[cfg(feature = "server")]
+pub mod server;
+mod stream;
+
+pub use stream::{Rewind, Transport, read_request_head};
+
+/// The one clock of the drivers.
+#[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}
+
+/// The operating system's randomness.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct SystemRandom;
+
+impl TryRng for SystemRandom {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+        let mut bytes = [0; 4];
+        self.fill_bytes(&mut bytes);
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        let mut bytes = [0; 8];
+        self.fill_bytes(&mut bytes);
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn try_fill_bytes(&mut self, out: &mut [u8]) -> Result<(), Infallible> {
+        aws_lc_rs::rand::fill(out).expect("the operating system's randomness does not fail once it has begun");
+        Ok(())
+    }
+}
+
+impl TryCryptoRng for SystemRandom {}
+
+/// A number from 0 up to, but not including, 1.
+pub(crate) fn random_fraction() -> f64 {
+    f64::from(SystemRandom.next_u32()) / (f64::from(u32::MAX) + 1.0)
+}
+
+/// Writes a file that only its owner may read, as a whole or not at all. The directory is made if it is missing.
+///
+/// # Errors
+/// Those of the file system.
+pub(crate) fn write_private_file(path: &Path, content: &[u8]) -> io::Result<()> {
+    use std::io::Write as _;
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{:08x}.tmp", SystemRandom.next_u32()));
+    let temporary = path.with_file_name(name);
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let written = options.open(&temporary).and_then(|mut file| {
+        file.write_all(content)?;
+        file.sync_all()
+    });
+    let moved = written.and_then(|()| std::fs::rename(&temporary, path));
+    if moved.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    moved
+}

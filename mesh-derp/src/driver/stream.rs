@@ -1,0 +1,200 @@
+//! Byte streams: TCP with or without TLS, and streams whose first bytes have already been read.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsStream;
+
+use crate::upgrade::{self, MAX_HEAD_LEN, RequestHead};
+
+/// A TCP connection, with or without TLS.
+#[derive(Debug)]
+pub enum Transport {
+    /// Without.
+    Plain(TcpStream),
+    /// With.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Transport {
+    /// The TCP connection underneath.
+    #[must_use]
+    pub fn tcp(&self) -> &TcpStream {
+        match self {
+            Self::Plain(tcp) => tcp,
+            Self::Tls(tls) => tls.get_ref().0,
+        }
+    }
+}
+
+macro_rules! delegate {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            Self::Plain(tcp) => {
+                let $stream = Pin::new(tcp);
+                $call
+            }
+            Self::Tls(tls) => {
+                let $stream = Pin::new(tls.as_mut());
+                $call
+            }
+        }
+    };
+}
+
+impl AsyncRead for Transport {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => stream.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Transport {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        delegate!(self, stream => stream.poll_write(cx, bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => stream.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => stream.poll_shutdown(cx))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        delegate!(self, stream => stream.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(tcp) => tcp.is_write_vectored(),
+            Self::Tls(tls) => tls.is_write_vectored(),
+        }
+    }
+}
+
+/// A stream that yields some bytes first that were already read from it.
+#[derive(Debug)]
+pub struct Rewind<S> {
+    first: Bytes,
+    inner: S,
+}
+
+impl<S> Rewind<S> {
+    /// `first`, then the rest of `inner`.
+    pub const fn new(first: Bytes, inner: S) -> Self {
+        Self { first, inner }
+    }
+
+    /// Puts bytes back in front of what is still to be read.
+    pub fn unread(&mut self, bytes: Bytes) {
+        self.first = if self.first.is_empty() { bytes } else { [bytes, self.first.split_off(0)].concat().into() };
+    }
+
+    /// The stream underneath, which lacks the bytes that were put back.
+    pub const fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// Takes it apart: the bytes that were put back, and the stream underneath.
+    pub fn into_parts(self) -> (Bytes, S) {
+        (self.first, self.inner)
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Rewind<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.first.is_empty() {
+            return Pin::new(&mut self.inner).poll_read(cx, buf);
+        }
+        let now = self.first.len().min(buf.remaining());
+        buf.put_slice(&self.first[..now]);
+        self.first.advance(now);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Rewind<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+/// Reads an HTTP request head: the parsed head, its bytes as they came, and whatever was read beyond it. `None` if the
+/// stream ended before a first byte.
+///
+/// # Errors
+/// If the stream fails or ends within the head, or the bytes are no head.
+pub async fn read_request_head<S: AsyncRead + Unpin>(
+    stream: &mut S,
+) -> io::Result<Option<(RequestHead, Bytes, Bytes)>> {
+    let mut bytes = BytesMut::new();
+    loop {
+        let parsed = upgrade::parse_request(&bytes);
+        if let Some((head, len)) = parsed.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))? {
+            let raw = bytes.split_to(len).freeze();
+            return Ok(Some((head, raw, bytes.freeze())));
+        }
+        bytes.reserve(MAX_HEAD_LEN / 4);
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return if bytes.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[tokio::test]
+    async fn bytes_behind_the_head_are_kept() {
+        let (mut near, mut far) = tokio::io::duplex(1024);
+        near.write_all(b"GET /derp HTTP/1.1\r\n").await.unwrap();
+        near.write_all(b"Upgrade: DERP\r\n\r\nframes").await.unwrap();
+        let (head, raw, rest) = read_request_head(&mut far).await.unwrap().unwrap();
+        assert_eq!((head.path(), &rest[..]), ("/derp", &b"frames"[..]));
+        near.write_all(b" and more").await.unwrap();
+        drop(near);
+        let mut stream = Rewind::new(rest, far);
+        stream.unread(raw);
+        let mut all = String::new();
+        stream.read_to_string(&mut all).await.unwrap();
+        assert_eq!(all, "GET /derp HTTP/1.1\r\nUpgrade: DERP\r\n\r\nframes and more");
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_is_told_from_one_that_breaks_off() {
+        assert!(read_request_head(&mut &b""[..]).await.unwrap().is_none());
+        assert_eq!(read_request_head(&mut &b"GET /"[..]).await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(read_request_head(&mut &b"\0\0\0"[..]).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}

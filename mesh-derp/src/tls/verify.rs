@@ -1,0 +1,260 @@
+//! The verifiers behind [`ClientTls`](super::ClientTls).
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, DigitallySignedStruct, Error, OtherError, SignatureScheme};
+
+use crate::x509;
+
+macro_rules! verify_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signed: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls12_signature(message, certificate, signed, &self.algorithms)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signed: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls13_signature(message, certificate, signed, &self.algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.algorithms.supported_schemes()
+        }
+    };
+}
+
+/// What a pinned relay did wrong.
+#[derive(thiserror::Error)]
+enum PinMismatch {
+    #[error("the certificate shown is not the pinned one: its pin would be {}{}", crate::map::PIN_PREFIX, hex::encode(.0))]
+    Hash([u8; 32]),
+    #[error("a certificate other than the pinned one and the meta-certificate was shown")]
+    Extra,
+    #[error("the pinned certificate cannot be read")]
+    Unreadable,
+}
+
+impl fmt::Debug for PinMismatch {
+    /// rustls prints nested errors this way, and people read them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl From<PinMismatch> for Error {
+    fn from(mismatch: PinMismatch) -> Self {
+        Self::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(mismatch))))
+    }
+}
+
+/// SHA-256 of a certificate's DER form.
+pub(super) fn fingerprint(certificate: &[u8]) -> [u8; 32] {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, certificate);
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(digest.as_ref());
+    bytes
+}
+
+/// Demands one particular certificate, as the leaf, within its validity, and valid for the name if one was sent.
+#[derive(Debug)]
+pub(super) struct PinVerifier {
+    pin: [u8; 32],
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl PinVerifier {
+    pub(super) fn new(pin: [u8; 32], provider: &CryptoProvider) -> Self {
+        Self { pin, algorithms: provider.signature_verification_algorithms }
+    }
+}
+
+impl ServerCertVerifier for PinVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let hash = fingerprint(leaf);
+        if hash != self.pin {
+            return Err(PinMismatch::Hash(hash).into());
+        }
+        if !others.iter().all(|other| x509::looks_like_meta(other)) {
+            return Err(PinMismatch::Extra.into());
+        }
+        let facts = x509::facts(leaf).ok_or(PinMismatch::Unreadable)?;
+        let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        if now < facts.not_before {
+            return Err(CertificateError::NotValidYet.into());
+        }
+        if now > facts.not_after {
+            return Err(CertificateError::Expired.into());
+        }
+        // An address is not sent in the handshake, and the map's addresses need not stand in the certificate.
+        if matches!(name, ServerName::DnsName(_)) {
+            rustls::client::verify_server_name(&ParsedCertificate::try_from(leaf)?, name)?;
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    verify_signatures!();
+}
+
+/// Accepts every certificate, but still wants proof of its key.
+#[derive(Debug)]
+pub(super) struct AnyVerifier {
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl AnyVerifier {
+    pub(super) fn new(provider: &CryptoProvider) -> Self {
+        Self { algorithms: provider.signature_verification_algorithms }
+    }
+}
+
+impl ServerCertVerifier for AnyVerifier {
+    fn verify_server_cert(
+        &self,
+        _leaf: &CertificateDer<'_>,
+        _others: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    verify_signatures!();
+}
+
+/// Verifies another name than the one that was sent.
+pub(super) struct NamedVerifier {
+    name: ServerName<'static>,
+    inner: Arc<dyn ServerCertVerifier>,
+}
+
+impl NamedVerifier {
+    pub(super) fn new(name: ServerName<'static>, inner: Arc<dyn ServerCertVerifier>) -> Self {
+        Self { name, inner }
+    }
+}
+
+impl fmt::Debug for NamedVerifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NamedVerifier").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl ServerCertVerifier for NamedVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        _sent: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.inner.verify_server_cert(leaf, others, &self.name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls13_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+#[cfg(feature = "server")]
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::{ServerTls, provider, server_name};
+    use mesh_noise::key::RelayPublic;
+    use rustls::pki_types::UnixTime;
+    use std::time::Duration;
+
+    struct Shown {
+        chain: Vec<CertificateDer<'static>>,
+        not_before: u64,
+        not_after: u64,
+    }
+
+    fn shown(name: &str) -> Shown {
+        let tls = ServerTls::generate(&[name.to_owned()]).unwrap();
+        let chain = tls.chain_with_meta(Some(&RelayPublic::from_bytes([7; 32]))).unwrap();
+        let facts = x509::facts(&chain[0]).unwrap();
+        let (not_before, not_after) = (facts.not_before as u64, facts.not_after as u64);
+        Shown { chain, not_before, not_after }
+    }
+
+    fn check(chain: &[CertificateDer<'static>], pin: [u8; 32], name: &str, at: u64) -> Result<(), String> {
+        let verifier = PinVerifier::new(pin, &provider());
+        let (name, now) = (server_name(name).unwrap(), UnixTime::since_unix_epoch(Duration::from_secs(at)));
+        let verified = verifier.verify_server_cert(&chain[0], &chain[1..], &name, &[], now);
+        verified.map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_pinned_leaf_with_a_meta_certificate_is_accepted() {
+        let Shown { chain, not_before, not_after } = shown("relay.example");
+        let pin = fingerprint(&chain[0]);
+        assert_eq!(check(&chain, pin, "relay.example", not_before), Ok(()));
+        assert_eq!(check(&chain[..1], pin, "relay.example", not_after), Ok(()));
+        assert_eq!(check(&chain, pin, "192.0.2.1", not_before), Ok(()));
+    }
+
+    #[test]
+    fn the_pinned_certificate_has_to_be_the_leaf() {
+        let (real, attacker) = (shown("relay.example"), shown("relay.example"));
+        let pin = fingerprint(&real.chain[0]);
+        let meta = &attacker.chain[1];
+        let forged = [meta.clone(), real.chain[0].clone()];
+        assert!(check(&forged, pin, "relay.example", real.not_before).unwrap_err().contains("not the pinned one"));
+        let forged = [attacker.chain[0].clone(), real.chain[0].clone(), meta.clone()];
+        assert!(check(&forged, pin, "relay.example", real.not_before).unwrap_err().contains("not the pinned one"));
+        let padded = [real.chain[0].clone(), attacker.chain[0].clone()];
+        assert!(check(&padded, pin, "relay.example", real.not_before).unwrap_err().contains("other than the pinned"));
+    }
+
+    #[test]
+    fn validity_and_name_still_count() {
+        let Shown { chain, not_before, not_after } = shown("relay.example");
+        let pin = fingerprint(&chain[0]);
+        let error = |name, at| check(&chain, pin, name, at).unwrap_err();
+        assert_eq!(error("relay.example", not_before - 1), "invalid peer certificate: NotValidYet");
+        assert_eq!(error("relay.example", not_after + 1), "invalid peer certificate: Expired");
+        assert!(error("other.example", not_before).contains("other.example"));
+    }
+}
