@@ -53,9 +53,6 @@ mod incoming;
 mod peer;
 mod search;
 
-#[cfg(test)]
-mod tests;
-
 use peer::Peer;
 
 /// Which paths may be used.
@@ -272,6 +269,14 @@ enum Timer {
     Endpoints,
 }
 
+/// A user's ping under way.
+#[derive(Debug, Clone, Copy)]
+struct UserPing {
+    peer: NodePublic,
+    /// There was no path to send it along: the first pong that proves one answers it.
+    any: bool,
+}
+
 /// Datagrams that wait to be polled; more are dropped and counted.
 const MAX_TRANSMITS: usize = 8192;
 /// User pings that may be under way.
@@ -296,7 +301,7 @@ pub struct Agent {
     /// Whose an address is.
     owners: BTreeMap<Target, NodePublic>,
     probes: BTreeMap<TxId, Probe>,
-    user_pings: BTreeMap<PingId, NodePublic>,
+    user_pings: BTreeMap<PingId, UserPing>,
     next_ping: u64,
     timers: TimerTable<Timer>,
     transmits: VecDeque<Transmit>,
@@ -396,7 +401,7 @@ impl Agent {
             self.probes.remove(&tx);
             self.timers.clear(Timer::Probe(tx));
         }
-        let pings: Vec<_> = self.user_pings.iter().filter(|(_, peer)| *peer == node).map(|(id, _)| *id).collect();
+        let pings: Vec<_> = self.user_pings.iter().filter(|(_, ping)| ping.peer == *node).map(|(id, _)| *id).collect();
         for id in pings {
             self.user_pings.remove(&id);
             self.timers.clear(Timer::UserPing(id));
@@ -528,7 +533,8 @@ impl Agent {
     }
 
     /// Pings `peer` for a user: along the direct path if there is one, else through its relay, searching for a direct
-    /// one at the same time. `size` pads the datagram to that many bytes, at least 124 and at most 9,000.
+    /// one at the same time. Where there is neither, the first address that answers the search answers the ping. `size`
+    /// pads the datagram to that many bytes, at least 124 and at most 9,000.
     ///
     /// Ends with [`Event::PingAnswered`], or after 5 s with [`Event::PingFailed`].
     pub fn ping(&mut self, now: Instant, peer: &NodePublic, size: Option<usize>) -> PingId {
@@ -540,11 +546,11 @@ impl Agent {
             self.events.push_back(Event::PingFailed { id, peer: *peer });
             return id;
         }
-        self.user_pings.insert(id, *peer);
+        let path = self.path(peer);
+        self.user_pings.insert(id, UserPing { peer: *peer, any: path.is_none() });
         self.timers.set(Timer::UserPing(id), now + self.timing.ping_timeout);
-        match self.path(peer) {
-            Some(path) => self.send_ping(*peer, path, Some(id.0), size.unwrap_or(0)),
-            None => self.ping_all_for_user(*peer, id),
+        if let Some(path) = path {
+            self.send_ping(*peer, path, Some(id), size.unwrap_or(0));
         }
         self.traffic(now, peer);
         id
@@ -564,8 +570,8 @@ impl Agent {
                     self.probes.remove(&tx);
                 }
                 Timer::UserPing(id) => {
-                    if let Some(peer) = self.user_pings.remove(&id) {
-                        self.events.push_back(Event::PingFailed { id, peer });
+                    if let Some(ping) = self.user_pings.remove(&id) {
+                        self.events.push_back(Event::PingFailed { id, peer: ping.peer });
                     }
                 }
                 Timer::Endpoints => self.endpoints_due(),

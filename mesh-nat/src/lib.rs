@@ -4,6 +4,8 @@
 pub mod agent;
 pub mod classify;
 pub mod disco;
+#[cfg(feature = "tokio")]
+pub mod driver;
 
 pub mod path;
 pub mod report;

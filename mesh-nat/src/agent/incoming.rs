@@ -7,7 +7,7 @@ use mesh_derp::map::RegionId;
 use mesh_noise::key::NodePublic;
 
 use super::peer::within;
-use super::{Agent, Event, Mode, PingId, Reject, Source, Timer};
+use super::{Agent, Event, Mode, PingId, Reject, Source, Timer, UserPing};
 use crate::disco::message::{CallMeMaybe, Message, Ping, Pong};
 use crate::disco::seal;
 use crate::path::Path;
@@ -131,9 +131,13 @@ impl Agent {
         self.probes.remove(&pong.tx);
         self.timers.clear(Timer::Probe(pong.tx));
         let latency = now.saturating_duration_since(probe.sent);
-        if let Some(id) = probe.user.map(PingId)
-            && self.user_pings.remove(&id).is_some()
-        {
+        let served = |id: &PingId, ping: &UserPing| {
+            probe.user == Some(*id) || (ping.any && ping.peer == probe.peer && probe.path.is_direct())
+        };
+        let answered: Vec<_> =
+            self.user_pings.iter().filter(|(id, ping)| served(id, ping)).map(|(id, _)| *id).collect();
+        for id in answered {
+            self.user_pings.remove(&id);
             self.timers.clear(Timer::UserPing(id));
             self.events.push_back(Event::PingAnswered { id, peer: probe.peer, path: probe.path, latency });
         }

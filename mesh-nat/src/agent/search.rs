@@ -69,17 +69,7 @@ impl Agent {
         }
     }
 
-    /// There is no path at all: whatever candidate answers first answers the user, too.
-    pub(super) fn ping_all_for_user(&mut self, node: NodePublic, id: PingId) {
-        let targets = self.peers.get(&node).map(|peer| peer.candidates.targets()).unwrap_or_default();
-        if self.mode != Mode::Relay {
-            for target in targets {
-                self.send_ping(node, target.into(), Some(id.0), 0);
-            }
-        }
-    }
-
-    pub(super) fn send_ping(&mut self, node: NodePublic, path: Path, user: Option<u64>, size: usize) {
+    pub(super) fn send_ping(&mut self, node: NodePublic, path: Path, user: Option<PingId>, size: usize) {
         let now = self.now;
         let Some(peer) = self.peers.get_mut(&node) else { return };
         if let Path::Direct { socket, remote } = path
@@ -182,6 +172,10 @@ impl Agent {
     pub(super) fn lost(&mut self, node: NodePublic) {
         self.reselect(node);
         let Some(peer) = self.peers.get(&node) else { return };
+        if peer.best.is_none() {
+            // Our NAT may have forgotten us; then the addresses that we would tell the peer are wrong as well.
+            self.endpoints_at = None;
+        }
         if peer.best.is_none() && peer.active(self.now, &self.timing) {
             self.search(node, Urgency::Routine);
         }

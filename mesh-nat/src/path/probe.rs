@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use mesh_noise::key::NodePublic;
 
 use super::Path;
+use crate::agent::PingId;
 
 /// A ping that waits for its pong.
 #[derive(Debug, Clone, Copy)]
@@ -13,7 +14,7 @@ pub(crate) struct Probe {
     pub(crate) path: Path,
     pub(crate) sent: Instant,
     /// The user's ping that this one serves.
-    pub(crate) user: Option<u64>,
+    pub(crate) user: Option<PingId>,
 }
 
 /// Smoothed round trip and its variation (RFC 6298 §2).

@@ -1,0 +1,35 @@
+//! The tokio part: sockets and the clock.
+//!
+//! - [`StunServer`]: a STUN responder on a UDP socket
+//! - [`netcheck_with`]: one report about a DERP map, over sockets of its own
+//!
+//! The [`Agent`](crate::Agent) has no driver here: a node drives it from the sockets that carry its data.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::UdpSocket;
+
+mod netcheck;
+mod stun;
+
+pub use netcheck::netcheck_with;
+pub use stun::StunServer;
+
+#[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+/// Binds a UDP socket. One for IPv6 leaves IPv4 alone, so that both families can have the same port.
+fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    UdpSocket::from_std(socket.into())
+}

@@ -1,0 +1,102 @@
+//! A STUN responder on a UDP socket.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::UdpSocket;
+
+use crate::stun::responder::{Audience, Counters, Responder};
+
+/// Answers STUN binding requests on one address.
+#[derive(Debug)]
+pub struct StunServer {
+    socket: UdpSocket,
+    responder: Mutex<Responder>,
+}
+
+impl StunServer {
+    /// Binds `address`. It answers members of a mesh only; see [`Self::for_audience`].
+    ///
+    /// # Errors
+    /// If the address cannot be bound.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    #[expect(clippy::unused_async, reason = "tells the caller that a runtime is needed")]
+    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
+        Ok(Self { socket: super::bind(address)?, responder: Mutex::new(Responder::default()) })
+    }
+
+    /// The same server for another audience.
+    #[must_use]
+    pub fn for_audience(self, audience: Audience) -> Self {
+        Self { responder: Mutex::new(Responder::new(audience)), ..self }
+    }
+
+    /// The address that was bound, with the port that the system chose if none was asked for.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.responder.lock().unwrap_or_else(PoisonError::into_inner).counters()
+    }
+
+    /// Answers for as long as it is polled. Safe to cancel: a dropped future costs at most one answer.
+    pub async fn run(&self) -> Infallible {
+        let mut buffer = [0; 1500];
+        loop {
+            let Ok((len, source)) = self.socket.recv_from(&mut buffer).await else {
+                // Errors of a UDP socket are news about earlier datagrams; those that persist must not spin.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            };
+            let answer = {
+                let mut responder = self.responder.lock().unwrap_or_else(PoisonError::into_inner);
+                responder.handle_datagram(source, &buffer[..len])
+            };
+            if let Ok(answer) = answer {
+                // An unreachable client is its own loss.
+                let _ = self.socket.send_to(&answer, source).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stun::message::{Response, TransactionId, request};
+
+    #[tokio::test]
+    async fn a_client_learns_its_address_over_both_families_on_one_port() {
+        let v4 = StunServer::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let port = v4.local_addr().unwrap().port();
+        let mut servers = vec![v4];
+        if let Ok(v6) = StunServer::bind(SocketAddr::new("::1".parse().unwrap(), port)).await {
+            servers.push(v6);
+        }
+        for server in servers {
+            let client = super::super::bind(SocketAddr::new(server.local_addr().unwrap().ip(), 0)).unwrap();
+            let tx = TransactionId([4; 12]);
+            client.send_to(b"nonsense", server.local_addr().unwrap()).await.unwrap();
+            client.send_to(&request(tx), server.local_addr().unwrap()).await.unwrap();
+            let mut buffer = [0; 100];
+            let len = tokio::select! {
+                never = server.run() => match never {},
+                received = client.recv(&mut buffer) => received.unwrap(),
+            };
+            let response = Response::decode(&buffer[..len]).unwrap();
+            assert_eq!(response, Response { tx, mapped: client.local_addr().unwrap() });
+            assert_eq!(server.counters(), Counters { answered: 1, rejected: 1 });
+        }
+    }
+}
