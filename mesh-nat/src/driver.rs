@@ -1,7 +1,7 @@
 //! The tokio part: sockets and the clock.
 //!
 //! - [`StunServer`]: a STUN responder on a UDP socket
-//! - [`netcheck_with`]: one report about a DERP map, over sockets of its own
+//! - [`netcheck_once`]: one report about a DERP map, over sockets of its own
 //!
 //! The [`Agent`](crate::Agent) has no driver here: a node drives it from the sockets that carry its data.
 
@@ -15,7 +15,7 @@ use tokio::net::UdpSocket;
 mod netcheck;
 mod stun;
 
-pub use netcheck::netcheck_with;
+pub use netcheck::{netcheck_once, netcheck_with};
 pub use stun::StunServer;
 
 #[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]

@@ -1,9 +1,9 @@
 //! Paths: the ways on which a datagram can reach a peer, and what decides between them.
 //!
-//! - [`candidate`]: addresses worth trying, bounded per peer
-//! - [`probe`]: pings in flight, round-trip estimate, ping budget
+//! - `candidate`: addresses worth trying, bounded per peer
+//! - `probe`: pings in flight, round-trip estimate, ping budget
 //! - [`score`]: which of two proven addresses is better
-//! - [`select`]: which proven address carries the data
+//! - `select`: which proven address carries the data
 
 use std::fmt;
 use std::net::SocketAddr;

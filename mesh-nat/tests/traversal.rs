@@ -186,10 +186,7 @@ fn relay_only_mode_never_sends_udp() {
     assert!(world.rejects(a).contains(&Reject::Disabled));
     assert_eq!(world.path(a, b), Some(Path::Relay { region: region() }));
     assert_eq!(world.path(b, a), Some(Path::Relay { region: region() }));
-    let answered = world.events(a).iter().find_map(|(_, event)| match event {
-        Event::PingAnswered { id: answered, path, .. } if *answered == id => Some(*path),
-        _ => None,
-    });
+    let answered = world.answer(a, id).map(|(path, _)| path);
     assert_eq!(answered, Some(Path::Relay { region: region() }));
 }
 
@@ -219,11 +216,7 @@ fn direct_only_mode_has_no_path_until_one_is_proven() {
     world.udp_blocked = true;
     world.run_for(secs(10));
     assert_eq!(world.path(a, b), None);
-    let answered = world.events(a).iter().find_map(|(_, event)| match event {
-        Event::PingAnswered { id: answered, path, .. } if *answered == id => Some(path.is_direct()),
-        _ => None,
-    });
-    assert_eq!(answered, Some(true));
+    assert!(world.answer(a, id).is_some_and(|(path, _)| path.is_direct()));
 }
 
 #[test]
@@ -234,15 +227,7 @@ fn user_pings_go_by_relay_and_then_direct() {
     world.run_for(secs(1));
     let second = world.with(a, |agent, now| agent.ping(now, &key, Some(1400)));
     world.run_for(secs(1));
-    let answer = |wanted| {
-        world.events(a).iter().find_map(|(_, event)| match event {
-            Event::PingAnswered { id, peer, path, latency } if *id == wanted => {
-                assert_eq!(*peer, key);
-                Some((path.is_direct(), *latency))
-            }
-            _ => None,
-        })
-    };
+    let answer = |ping| world.answer(a, ping).map(|(path, latency)| (path.is_direct(), latency));
     assert_eq!(answer(first), Some((false, DELAY * 4)));
     assert_eq!(answer(second), Some((true, DELAY * 2)));
     assert!(world.transcript.iter().any(|(_, direct, _, datagram)| *direct && datagram.len() == 1400));

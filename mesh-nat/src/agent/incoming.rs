@@ -61,7 +61,7 @@ impl Agent {
         }
         // Several nodes may share a disco key. Who it is must be clear before an address is attributed.
         let claimed = source.node.or(ping.node.filter(held));
-        let who = claimed.or_else(|| if let [only] = holders { Some(*only) } else { None });
+        let who = claimed.or(if let [only] = holders { Some(*only) } else { None });
         let Some(addressee) = who.or(holders.first().copied()) else { return Err(Reject::UnknownSender) };
         let observed = match source.path {
             Path::Direct { remote, .. } | Path::PeerRelay { server: remote, .. } => remote,

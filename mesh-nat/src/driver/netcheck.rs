@@ -6,7 +6,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_derp::driver::client::latency_check;
 use mesh_derp::map::{DerpMap, DerpRegion, FamilyAddress, RegionId};
+use mesh_derp::tls::ClientTls;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
@@ -22,9 +24,18 @@ enum Finding {
     Https(RegionId, Option<(Duration, Family)>),
 }
 
-/// Makes one full report about `map`. `https` measures a region by HTTPS where UDP is silent; `None` if it cannot.
+/// Makes one full report about `map`, trusting relays' certificates as `tls` says.
 ///
 /// Takes as long as the farthest of the three nearest regions does, about a second where UDP is blocked, never over 5 s.
+pub async fn netcheck_once(map: DerpMap, tls: &ClientTls) -> Report {
+    netcheck_with(map, |region| {
+        let tls = tls.clone();
+        async move { latency_check(&region, &tls).await.ok() }
+    })
+    .await
+}
+
+/// Makes one full report about `map`. `https` measures a region by HTTPS where UDP is silent; `None` if it cannot.
 pub async fn netcheck_with<F, Fut>(map: DerpMap, https: F) -> Report
 where
     F: Fn(DerpRegion) -> Fut,

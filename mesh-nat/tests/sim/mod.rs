@@ -1,12 +1,14 @@
 //! A small world in virtual time: nodes with an agent each, their NATs, and one relay.
 
+#![expect(clippy::unwrap_used, reason = "a world that contradicts itself fails its test")]
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mesh_derp::map::RegionId;
-use mesh_nat::agent::{Event, PeerConfig, Reject, Source};
+use mesh_nat::agent::{Event, PeerConfig, PingId, Reject, Source};
 use mesh_nat::{Agent, Class, Family, Path, SocketId, classify};
 use mesh_noise::key::{DiscoPrivate, NodePrivate, NodePublic};
 use rand::rngs::StdRng;
@@ -48,7 +50,7 @@ struct Node {
 }
 
 enum Arrival {
-    Udp { to: NodeId, from: SocketAddr },
+    Udp { to: NodeId, at: SocketAddr, from: SocketAddr },
     Relay { to: NodeId, from: NodePublic },
 }
 
@@ -168,6 +170,14 @@ impl World {
         &self.nodes[id].events
     }
 
+    /// How the user's ping was answered.
+    pub(crate) fn answer(&self, id: NodeId, ping: PingId) -> Option<(Path, Duration)> {
+        self.events(id).iter().find_map(|(_, event)| {
+            let Event::PingAnswered { id, path, latency, .. } = event else { return None };
+            (*id == ping).then_some((*path, *latency))
+        })
+    }
+
     pub(crate) fn rejects(&self, id: NodeId) -> &[Reject] {
         &self.nodes[id].rejects
     }
@@ -263,8 +273,8 @@ impl World {
                     if self.udp_blocked || self.rng.random_range(0..1000) < self.loss {
                         continue;
                     }
-                    let Some(to) = self.route(id, remote) else { continue };
-                    Arrival::Udp { to, from }
+                    let Some(to) = self.route(remote) else { continue };
+                    Arrival::Udp { to, at: remote, from }
                 }
                 Path::Relay { .. } => {
                     self.nodes[id].relay_sent += 1;
@@ -303,11 +313,7 @@ impl World {
     }
 
     /// Whom an address leads to. Private addresses lead nowhere: every node is alone in its network.
-    fn route(&self, from: NodeId, to: SocketAddr) -> Option<NodeId> {
-        self.nodes.iter().enumerate().position(|(id, node)| {
-            let outside = to.ip() == std::net::IpAddr::from([198, 51, 100, node.outside]);
-            id != from && (outside || (node.nat == Nat::Open && to == node.inside))
-        })?;
+    fn route(&self, to: SocketAddr) -> Option<NodeId> {
         self.nodes.iter().position(|node| match node.nat {
             Nat::Open => to == node.inside,
             Nat::PortRestricted | Nat::PerDestination => {
@@ -319,10 +325,9 @@ impl World {
 
     fn deliver(&mut self, arrival: &Arrival, datagram: &[u8]) {
         let (to, source) = match *arrival {
-            Arrival::Udp { to, from } => {
+            Arrival::Udp { to, at, from } => {
                 let node = &self.nodes[to];
-                // The filter is asked on arrival, and for any mapping that the sender was sent to from.
-                let open = node.nat == Nat::Open || node.opened.iter().any(|(_, allowed)| *allowed == from);
+                let open = node.nat == Nat::Open || node.opened.contains(&(at.port(), from));
                 if self.udp_blocked || !open {
                     return;
                 }
