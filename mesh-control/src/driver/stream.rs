@@ -33,12 +33,17 @@ pub struct NoiseStream<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> NoiseStream<S> {
-    /// Finishes a client's handshake: reads the server's response from `inner`, which stands behind the 101 answer.
+    /// Finishes a client's handshake: takes the server's response, which stands behind the 101 answer.
+    ///
+    /// `read_ahead` is what was read together with that answer; the rest comes from `inner`.
     ///
     /// # Errors
     /// Those of `inner`; `UnexpectedEof` if it ends before the response; `InvalidData` with a [`ChannelError`].
-    pub async fn connect(mut inner: S, mut channel: ClientChannel) -> io::Result<Self> {
+    pub async fn connect(mut inner: S, mut channel: ClientChannel, read_ahead: &[u8]) -> io::Result<Self> {
         let mut buffer = [0; 1024];
+        if let Some(records) = channel.receive(read_ahead)? {
+            return Ok(Self::new(inner, records));
+        }
         loop {
             let count = inner.read(&mut buffer).await?;
             if count == 0 {
@@ -198,7 +203,7 @@ mod tests {
             write.shutdown().await.unwrap();
         };
         let client = async {
-            let stream = NoiseStream::connect(near, channel).await.unwrap();
+            let stream = NoiseStream::connect(near, channel, b"").await.unwrap();
             let (mut read, mut write) = tokio::io::split(stream);
             let mut got = Vec::new();
             let (written, received) = tokio::join!(
@@ -228,7 +233,7 @@ mod tests {
         let mut flight = server.response.to_vec();
         flight.extend([4, 0]);
         let stream = tokio::io::join(&flight[..], tokio::io::sink());
-        let mut stream = NoiseStream::connect(stream, channel).await.unwrap();
+        let mut stream = NoiseStream::connect(stream, channel, b"").await.unwrap();
         let error = stream.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
