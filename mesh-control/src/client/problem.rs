@@ -105,10 +105,7 @@ impl Problem {
 
     /// How long the server wants to be left alone, if it said so.
     pub(super) fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Status { retry_after, .. } => *retry_after,
-            _ => None,
-        }
+        if let Self::Status { retry_after, .. } = self { *retry_after } else { None }
     }
 }
 
