@@ -17,6 +17,7 @@
 //! | `POST /v1/nodes/expire`, `…/delete` | `{"node"}` | [`NodeInfo`] |
 //! | `GET /v1/logins` | | [`LoginInfo`] list |
 //! | `POST /v1/logins/approve` | `{"login","user"}` | [`LoginInfo`] |
+//! | `GET /v1/relay` | | [`Counters`](mesh_derp::driver::server::Counters) of the relay in the same process |
 //! | `POST /v1/derp-map/reload` | | `{"regions"}` |
 //!
 //! A failure is a 4xx or 5xx status with `{"error": "one line"}`.

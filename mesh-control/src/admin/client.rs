@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::{Method, Request, header};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
+use mesh_derp::driver::server::Counters;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -189,6 +190,14 @@ impl Client {
     /// A [`ClientError`].
     pub async fn approve(&self, login: &str, user: &str) -> Result<LoginInfo, ClientError> {
         self.post("/v1/logins/approve", &Approve { login: login.to_owned(), user: user.to_owned() }).await
+    }
+
+    /// What the relay in the coordinator's process has moved and dropped.
+    ///
+    /// # Errors
+    /// A [`ClientError`].
+    pub async fn relay(&self) -> Result<Counters, ClientError> {
+        self.get("/v1/relay").await
     }
 
     /// Has the coordinator read its relays again.

@@ -105,6 +105,7 @@ fn router(admin: Admin) -> Router {
             "/v1/logins/approve",
             post(async |State(a): State<Admin>, Json(b): Json<Approve>| answer(a.approve(b).await)),
         )
+        .route("/v1/relay", get(async |State(a): State<Admin>| answer(a.relay())))
         .route("/v1/derp-map/reload", post(async |State(a): State<Admin>| answer(a.reload_derp_map())))
         .with_state(admin)
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use mesh_derp::driver::server::Counters;
+
 use super::model::{
     Approve, CodeInfo, CreateCode, CreateKey, CreateUser, KeyInfo, LoginInfo, NodeInfo, NodeRef, Reloaded, Rename,
     UserInfo,
@@ -194,6 +196,16 @@ impl Admin {
     /// If nothing waits there, or the store has failed.
     pub async fn redeem(&self, id: &LoginId, code: &str, user: Option<&str>) -> Result<Redeemed, CommandError> {
         self.coordinator.execute(self.by.clone(), |state, context, _| state.redeem(context, id, code, user)).await
+    }
+
+    /// What the relay in the same process has moved and dropped.
+    ///
+    /// # Errors
+    /// If there is none, or [`AdminError::Forbidden`].
+    pub fn relay(&self) -> Result<Counters, AdminError> {
+        self.operator()?;
+        let relay = self.coordinator.relay().map(|relay| relay.counters());
+        relay.ok_or_else(|| AdminError::Invalid("this coordinator runs without a relay of its own".to_owned()))
     }
 
     /// Reads the relays again.

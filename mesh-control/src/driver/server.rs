@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use mesh_derp::driver::server::RelayServer;
 use mesh_derp::map::DerpMap;
 use mesh_noise::key::{MachinePrivate, MachinePublic, NodePublic};
 use tokio::sync::{Notify, oneshot, watch};
@@ -147,6 +148,7 @@ pub struct Coordinator {
     timer: Arc<Notify>,
     stop: watch::Sender<bool>,
     loader: OnceLock<DerpMapLoader>,
+    relay: OnceLock<Arc<RelayServer>>,
 }
 
 impl std::fmt::Debug for Coordinator {
@@ -188,6 +190,7 @@ impl Coordinator {
             timer: Arc::new(Notify::new()),
             stop: watch::Sender::new(false),
             loader: OnceLock::new(),
+            relay: OnceLock::new(),
         });
         crate::admin::http::spawn(&coordinator)
             .map_err(|error| StartError::Io { path: coordinator.admin_socket.clone(), error })?;
@@ -240,6 +243,18 @@ impl Coordinator {
     pub fn on_reload(&self, loader: DerpMapLoader) {
         // A second loader is a mistake that changes nothing.
         let _ = self.loader.set(loader);
+    }
+
+    /// Says that this relay runs in the same process, so that operators can see its counters. Only the first call counts.
+    pub fn embed_relay(&self, relay: Arc<RelayServer>) {
+        // A second relay is a mistake that changes nothing.
+        let _ = self.relay.set(relay);
+    }
+
+    /// The relay in the same process, if there is one.
+    #[must_use]
+    pub fn relay(&self) -> Option<&Arc<RelayServer>> {
+        self.relay.get()
     }
 
     /// Reads the relays again and tells every connected node. Returns how many regions there are.

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One counter. Relaxed: nothing is decided by it.
 #[derive(Debug, Default)]
@@ -30,7 +30,7 @@ macro_rules! counters {
         }
 
         /// What a relay has counted since it started, at one moment. All numbers only grow, except the first three.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
         #[non_exhaustive]
         pub struct Counters {
             /// Connections open now.
