@@ -36,14 +36,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_derp::map::RegionId;
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePublic};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use crate::disco::message::{DecodeError, TxId};
+use crate::disco::message::TxId;
 use crate::path::candidate::Target;
 use crate::path::probe::Probe;
 use crate::path::{Family, Path, SocketId};
@@ -52,212 +52,10 @@ use crate::timer::TimerTable;
 mod incoming;
 mod peer;
 mod search;
+mod types;
 
 use peer::Peer;
-
-/// Which paths may be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Mode {
-    /// Direct where possible, else the relay. The default.
-    #[default]
-    Auto,
-    /// Only relays: nothing is sent by UDP, and pings that arrive by it are not answered.
-    Relay,
-    /// Only direct. Relays still carry the signalling that makes it possible.
-    Direct,
-}
-
-/// How often things are done. The defaults are those of deployed peers; change them in tests only.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timing {
-    /// Between pings of the path in use while there is traffic. 3 s.
-    pub heartbeat: Duration,
-    /// How long a pong proves a path. 6.5 s.
-    pub trust: Duration,
-    /// How long a peer counts as active after traffic; also how long a learnt address lives. 45 s.
-    pub active: Duration,
-    /// How long a ping may take. 5 s.
-    pub ping_timeout: Duration,
-    /// Between two searches' pings to one address, and between call-me-maybes. 5 s.
-    pub search: Duration,
-    /// Between searches for something better than a working path that is slower than `good_enough`. 60 s.
-    pub upgrade: Duration,
-    /// No search for better below this. 5 ms.
-    pub good_enough: Duration,
-    /// Older lists of our own addresses are sent, and refreshed at the same time. 27 s.
-    pub endpoints_fresh: Duration,
-    /// Wait before an unanswered heartbeat is repeated, where the round trip does not ask for more. 400 ms.
-    pub retry: Duration,
-    /// Repetitions before a silent path is given up. 3.
-    pub retries: u8,
-}
-
-impl Default for Timing {
-    fn default() -> Self {
-        Self {
-            heartbeat: Duration::from_secs(3),
-            trust: Duration::from_millis(6500),
-            active: Duration::from_secs(45),
-            ping_timeout: Duration::from_secs(5),
-            search: Duration::from_secs(5),
-            upgrade: Duration::from_secs(60),
-            good_enough: Duration::from_millis(5),
-            endpoints_fresh: Duration::from_secs(27),
-            retry: Duration::from_millis(400),
-            retries: 3,
-        }
-    }
-}
-
-/// What control says about a peer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PeerConfig {
-    /// Its node key.
-    pub node: NodePublic,
-    /// Its disco key. All zero while unknown: then only the relay is used.
-    pub disco: DiscoPublic,
-    /// Its home region.
-    pub home: Option<RegionId>,
-    /// Where it may be reached. Unusable addresses and all beyond the first hundred are ignored.
-    pub endpoints: Vec<SocketAddr>,
-}
-
-/// Where a datagram came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Source {
-    /// The way it came.
-    pub path: Path,
-    /// Who sent it, according to the relay. `None` for UDP.
-    pub node: Option<NodePublic>,
-}
-
-impl Source {
-    /// A datagram that `socket` received from `remote`.
-    #[must_use]
-    pub const fn direct(socket: SocketId, remote: SocketAddr) -> Self {
-        Self { path: Path::Direct { socket, remote }, node: None }
-    }
-
-    /// A packet that the relay of `region` delivered from `node`.
-    #[must_use]
-    pub const fn relay(region: RegionId, node: NodePublic) -> Self {
-        Self { path: Path::Relay { region }, node: Some(node) }
-    }
-}
-
-/// A datagram to send.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Transmit {
-    /// Along which way.
-    pub path: Path,
-    /// For whom; relays need to know.
-    pub peer: NodePublic,
-    /// What.
-    pub datagram: Vec<u8>,
-}
-
-/// Names one user ping.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PingId(pub(crate) u64);
-
-/// What the caller should know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Event {
-    /// Data for the peer goes along another way from now on. `None`: there is none.
-    PathChanged {
-        /// The peer.
-        peer: NodePublic,
-        /// The way.
-        path: Option<Path>,
-    },
-    /// A user ping was answered.
-    PingAnswered {
-        /// Which.
-        id: PingId,
-        /// By whom.
-        peer: NodePublic,
-        /// The way that it went.
-        path: Path,
-        /// There and back.
-        latency: Duration,
-    },
-    /// A user ping was not answered in time, or there was no way to send it.
-    PingFailed {
-        /// Which.
-        id: PingId,
-        /// Who did not answer.
-        peer: NodePublic,
-    },
-    /// Our own addresses are unknown or old: ask STUN servers and call [`Agent::set_endpoints`], changed or not.
-    NeedEndpoints,
-    /// An address is known to be the peer's: WireGuard messages from it can be attributed.
-    PeerMapped {
-        /// The peer.
-        peer: NodePublic,
-        /// The socket that sees the address.
-        socket: SocketId,
-        /// The address.
-        remote: SocketAddr,
-    },
-}
-
-/// Why a datagram was ignored. Nothing has changed then.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Reject {
-    /// Not a disco datagram.
-    #[error("not a disco datagram")]
-    NotDisco,
-    /// No peer has the sender's disco key. No cryptography was attempted.
-    #[error("sender's disco key is unknown")]
-    UnknownSender,
-    /// The box does not open: corrupt, or sealed for a key that we no longer have.
-    #[error("box does not open")]
-    Unsealed,
-    /// The box holds no message.
-    #[error("malformed message: {0}")]
-    Malformed(#[from] DecodeError),
-    /// A message that is only believed when it comes through a relay.
-    #[error("message must come through a relay")]
-    NotOverRelay,
-    /// The relay names another node than the one whose disco key sealed the message.
-    #[error("relay's sender does not hold the disco key")]
-    WrongNode,
-    /// A pong to no ping of ours, or too late.
-    #[error("pong answers no ping")]
-    UnexpectedPong,
-    /// Direct paths are switched off.
-    #[error("direct paths are switched off")]
-    Disabled,
-    /// Part of the peer-relay protocol, which is not in use.
-    #[error("peer relays are not supported")]
-    Unsupported,
-}
-
-/// What did not fit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counters {
-    /// Datagrams dropped because the caller did not drain [`Agent::poll_transmit`].
-    pub transmits_dropped: u64,
-    /// Pings not sent because a peer had used up its budget.
-    pub pings_suppressed: u64,
-    /// Addresses not remembered because a peer had too many.
-    pub candidates_refused: u64,
-}
-
-/// What is known about a peer's paths, for people.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PeerStatus {
-    /// Where data goes.
-    pub path: Option<Path>,
-    /// Smoothed round trip of the direct path in use.
-    pub latency: Option<Duration>,
-    /// Since when `path` is what it is.
-    pub since: Instant,
-    /// Addresses known.
-    pub candidates: usize,
-}
+pub use types::{Counters, Event, Mode, PeerConfig, PeerStatus, PingId, Reject, Source, Timing, Transmit};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
