@@ -283,20 +283,20 @@ impl End {
     fn step(&mut self) {
         let now = now();
         while let Some(notice) = self.notices.try_next() {
-            match notice {
+            match &notice {
                 Notice::Datagram { path, datagram, .. } => {
-                    if self.interface.handle_datagram(now, &path, None, &datagram).is_err() {
+                    if self.interface.handle_datagram(now, path, None, datagram).is_err() {
                         self.others.push(datagram.to_vec());
                     }
                 }
                 Notice::WantSession { peer } => {
                     self.wanted += 1;
-                    self.interface.want_session(now, &peer);
+                    self.interface.want_session(now, peer);
                 }
-                Notice::SessionUsed { receiver_index } => self.interface.session_used(now, receiver_index),
-                Notice::PeerActive { peer } => self.interface.peer_active(now, &peer),
-                Notice::PathSeen { path, .. } => self.seen.push(path),
-                other => panic!("unexpected notice {other:?}"),
+                Notice::SessionUsed { receiver_index } => self.interface.session_used(now, *receiver_index),
+                Notice::PeerActive { peer } => self.interface.peer_active(now, peer),
+                Notice::PathSeen { path, .. } => self.seen.push(*path),
+                Notice::Tsmp { .. } | Notice::Failed { .. } | _ => panic!("unexpected {notice:?}"),
             }
             self.drain();
         }

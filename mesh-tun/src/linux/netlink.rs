@@ -1,4 +1,4 @@
-//! Applies a [`plan`](crate::plan) over netlink, and reads back what is there.
+//! Applies a [`plan`] over netlink, and reads back what is there.
 //!
 //! The one module that knows rtnetlink's types. Requests that find their work done already (an address that exists, a
 //! route that is gone) count as successes, so that a plan can be applied again after a crash.
