@@ -4,8 +4,6 @@
 //! one node's connection to a region.
 
 use std::convert::Infallible;
-use std::io;
-use std::path::Path;
 use std::time::Instant;
 
 use rand_core::{Rng, TryCryptoRng, TryRng};
@@ -61,7 +59,8 @@ pub(crate) fn random_fraction() -> f64 {
 ///
 /// # Errors
 /// Those of the file system.
-pub(crate) fn write_private_file(path: &Path, content: &[u8]) -> io::Result<()> {
+#[cfg(feature = "server")]
+pub(crate) fn write_private_file(path: &std::path::Path, content: &[u8]) -> std::io::Result<()> {
     use std::io::Write as _;
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;

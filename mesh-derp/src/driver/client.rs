@@ -195,6 +195,7 @@ impl std::fmt::Debug for RelayClient {
     }
 }
 
+const CLOSED: &str = "relay closed the connection";
 /// How much is handed to the socket at once: four TLS records.
 const BATCH: usize = 64 * 1024;
 /// How much is read at once.
@@ -331,13 +332,17 @@ impl Open {
     /// Does one thing: reads, writes, flushes, or lets time pass.
     async fn step(&mut self, shared: &Shared, last_sent: &mut Option<Instant>) -> Result<(), String> {
         self.fill(shared, last_sent);
-        let io = |error: std::io::Error| format!("connection lost: {error}");
+        let io = |error: std::io::Error| {
+            // TLS reports an end without farewell this way.
+            let ended = error.kind() == std::io::ErrorKind::UnexpectedEof;
+            if ended { CLOSED.to_owned() } else { format!("connection lost: {error}") }
+        };
         let deadline = self.core.poll_timeout().map(tokio::time::Instant::from_std);
         self.core.read_buffer().reserve(READ_CHUNK);
         tokio::select! {
             read = self.reader.read_buf(self.core.read_buffer()) => {
                 if read.map_err(io)? == 0 {
-                    return Err("relay closed the connection".to_owned());
+                    return Err(CLOSED.to_owned());
                 }
                 self.core.handle_buffered(now()).map_err(|error| error.to_string())?;
             }

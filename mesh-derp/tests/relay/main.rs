@@ -1,0 +1,8 @@
+//! The relay and its clients over loopback: what a user of the crate sees.
+#![cfg(test)]
+
+mod clients;
+mod faults;
+mod harness;
+mod http;
+mod overload;
