@@ -43,6 +43,7 @@ mod replay;
 mod session;
 mod timers;
 mod timestamp;
+pub mod uapi;
 
 pub use activity::Activity;
 pub use allowed_ips::AllowedIps;
