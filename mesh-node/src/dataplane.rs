@@ -484,7 +484,7 @@ impl Shared {
     }
 
     fn new_batch(&self) -> Batch {
-        Batch::new(BATCH, self.device.mtu())
+        Batch::new(BATCH, self.device.packet_size())
     }
 }
 

@@ -31,6 +31,11 @@ pub trait Device: Send + Sync + Debug {
     /// The largest packet in bytes that is read or should be written.
     fn mtu(&self) -> usize;
 
+    /// The largest packet in bytes that slots should have room for; above [`Device::mtu`] if that may rise later.
+    fn packet_size(&self) -> usize {
+        self.mtu()
+    }
+
     /// Ends the device for all threads: blocked readers wake at once.
     fn close(&self);
 }

@@ -44,6 +44,7 @@ pub struct Filter {
     local: JointPrefixMap<IpNet, ()>,
     rules: Option<rule::Compiled>,
     flows: Arc<Flows>,
+    open: bool,
 }
 
 /// How far a peer is trusted.
@@ -85,7 +86,7 @@ impl Filter {
     /// The filter before any rules were received: it drops everything.
     #[must_use]
     pub fn closed(flows: Arc<Flows>) -> Self {
-        Self { local: JointPrefixMap::default(), rules: None, flows }
+        Self { local: JointPrefixMap::default(), rules: None, flows, open: false }
     }
 
     /// Compiles `rules` for a node that owns the prefixes `local`: its addresses and the routes it serves.
@@ -94,7 +95,13 @@ impl Filter {
     #[must_use]
     pub fn new(local: &[IpNet], rules: &[Rule], flows: Arc<Flows>) -> Self {
         let local = local.iter().map(|prefix| (prefix.trunc(), ())).collect();
-        Self { local, rules: Some(rule::Compiled::new(rules)), flows }
+        Self { local, rules: Some(rule::Compiled::new(rules)), flows, open: false }
+    }
+
+    /// No filter: accepts everything, as a plain WireGuard tunnel does.
+    #[must_use]
+    pub fn open(flows: Arc<Flows>) -> Self {
+        Self { open: true, ..Self::closed(flows) }
     }
 
     /// The flows that answers are accepted for.
@@ -114,6 +121,9 @@ impl Filter {
 
     /// Remembers the flow of a packet that goes out.
     pub fn note_outbound(&self, packet: &Packet<'_>, now: Duration) {
+        if self.open {
+            return;
+        }
         if let Transport::Udp { source, destination } | Transport::Sctp { source, destination } = packet.transport {
             let flow = Flow {
                 protocol: packet.protocol,
@@ -125,6 +135,9 @@ impl Filter {
     }
 
     fn judge(&self, packet: &Packet<'_>, standing: Standing, now: Duration) -> Result<(), Reason> {
+        if self.open {
+            return Ok(());
+        }
         let rules = self.rules.as_ref().ok_or(Reason::NoFilter)?;
         let (source, destination, protocol) = (packet.source, packet.destination, packet.protocol);
         if is_out_of_scope(destination) {

@@ -95,7 +95,9 @@ impl PeerCell {
         self.path.load().as_deref().copied()
     }
 
+    /// Data that goes on coming by another direct path is news again.
     pub(super) fn set_path(&self, path: Option<Path>) {
+        self.seen.store(None);
         self.path.store(path.map(Arc::new));
     }
 

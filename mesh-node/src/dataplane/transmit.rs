@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arc_swap::Guard;
 use mesh_nat::Path;
-use mesh_noise::wireguard::{HEADER_LEN, Session};
+use mesh_noise::wireguard::{HEADER_LEN, Session, padded_len};
 use mesh_tun::batch::Batch;
 use mesh_tun::filter::Filter;
 use mesh_tun::linux::udp::{Outgoing, UdpBatch};
@@ -134,10 +134,11 @@ impl<'a> Transmitter<'a> {
             drops.add(DropReason::NoPath, count);
             return;
         };
-        let mut bytes = 0;
+        let (mut bytes, mtu) = (0, self.shared.device.mtu());
         for (index, counter) in run.clone().zip(first..) {
             let len = self.batch.packet(index).len();
-            let sealed = session.seal(counter, self.batch.with_room(index, HEADER_LEN), len);
+            let padded = padded_len(len, mtu);
+            let sealed = session.seal_padded(counter, self.batch.with_room(index, HEADER_LEN), len, padded);
             self.batch.grow(index, HEADER_LEN, sealed);
             bytes += sealed;
         }

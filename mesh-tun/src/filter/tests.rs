@@ -18,6 +18,13 @@ fn nothing_passes_before_rules_are_received() {
 }
 
 #[test]
+fn an_open_filter_accepts_what_no_rule_could() {
+    let filter = Filter::open(flows());
+    let multicast = Packet { destination: ip("ff02::1"), ..packet(Protocol(47), Transport::Unknown) };
+    assert_eq!(filter.inbound(&multicast, Standing::Jailed, NOW), Verdict::Accept);
+}
+
+#[test]
 fn a_rule_opens_its_port_to_its_source_and_nothing_else() {
     let filter = filter(&[rule("100.64.0.2", "100.64.0.1", 80..=80, &[])]);
     assert_eq!(judge(&filter, packet(Protocol::TCP, SYN)), Verdict::Accept);

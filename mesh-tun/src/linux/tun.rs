@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tun_rs::{DeviceBuilder, SyncDevice};
@@ -28,13 +28,15 @@ pub struct Config {
     pub name: String,
     /// The largest packet in bytes; default 1280.
     pub mtu: u16,
+    /// The largest packet that slots have room for, if the administrator may raise the MTU later; default the MTU.
+    pub packet_size: Option<u16>,
     /// Packets that wait in the kernel while we are busy; default [`DEFAULT_QUEUE_LEN`].
     pub queue_len: u32,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { name: "mesh0".into(), mtu: DEFAULT_MTU, queue_len: DEFAULT_QUEUE_LEN }
+        Self { name: "mesh0".into(), mtu: DEFAULT_MTU, packet_size: None, queue_len: DEFAULT_QUEUE_LEN }
     }
 }
 
@@ -52,7 +54,8 @@ pub struct Tun {
     closer: Closer,
     name: String,
     index: u32,
-    mtu: usize,
+    mtu: AtomicUsize,
+    packet_size: usize,
     refused: AtomicU64,
 }
 
@@ -84,7 +87,9 @@ impl Tun {
             Ok::<_, io::Error>((Closer::new()?, device.name()?, device.if_index()?))
         };
         let (closer, name, index) = finish().map_err(|error| Error::system(what(), error))?;
-        Ok(Self { device, closer, name, index, mtu: usize::from(config.mtu), refused: AtomicU64::new(0) })
+        let mtu = AtomicUsize::new(config.mtu.into());
+        let packet_size = config.packet_size.unwrap_or(config.mtu).max(config.mtu).into();
+        Ok(Self { device, closer, name, index, mtu, packet_size, refused: AtomicU64::new(0) })
     }
 
     /// The interface's name.
@@ -97,6 +102,16 @@ impl Tun {
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// Looks up the MTU again, which an administrator may have changed. It counts no further than the packet size.
+    ///
+    /// # Errors
+    /// What the system says, `ENODEV` if the interface was deleted.
+    pub fn refresh_mtu(&self) -> io::Result<()> {
+        let mtu = usize::from(self.device.mtu()?).min(self.packet_size);
+        self.mtu.store(mtu, Ordering::Relaxed);
+        Ok(())
     }
 
     /// How many packets the kernel did not take: malformed, or the interface is down.
@@ -154,7 +169,11 @@ impl Device for Tun {
     }
 
     fn mtu(&self) -> usize {
-        self.mtu
+        self.mtu.load(Ordering::Relaxed)
+    }
+
+    fn packet_size(&self) -> usize {
+        self.packet_size
     }
 
     fn close(&self) {

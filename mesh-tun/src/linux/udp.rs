@@ -148,7 +148,15 @@ impl UdpBatch {
         self.local
     }
 
-    /// Whether the mark asked for is set.
+    /// Sets the `SO_MARK` of what is sent from now on; 0 is none.
+    ///
+    /// # Errors
+    /// What the system says, for want of privilege mostly.
+    pub fn set_mark(&self, mark: u32) -> io::Result<()> {
+        self.socket.set_mark(mark)
+    }
+
+    /// Whether the mark asked for in [`Config`] was set.
     #[must_use]
     pub fn is_marked(&self) -> bool {
         self.marked
