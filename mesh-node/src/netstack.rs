@@ -26,6 +26,7 @@ mod device;
 mod driver;
 mod packet;
 mod phy;
+mod recovery;
 mod stack;
 mod tcp;
 #[cfg(test)]

@@ -95,7 +95,10 @@ mod tests {
         let back = cable.clone();
         let reading = answers.clone();
         let reader = std::thread::spawn(move || {
-            while reading.recv(1, Duration::from_secs(5), |packet| drop(back.send([packet]))).is_some() {}
+            let pass = |packet| {
+                back.send([packet]);
+            };
+            while reading.recv(1, Duration::from_secs(5), pass).is_some() {}
         });
         let (passed_on, peers) = std::sync::mpsc::channel();
         let data_plane = std::thread::spawn(move || {

@@ -12,8 +12,6 @@ use tokio::sync::mpsc;
 use super::stack::{Drops, Event, Stack};
 use super::{Config, Flow, StackDevice, TcpStream};
 
-/// Packets that the thread hands to the stack before it lets sockets answer: acknowledgements stay frequent.
-const INGRESS_BURST: usize = 8;
 /// Packets that the thread takes from the inbox at a time.
 const INBOX_BATCH: usize = 128;
 /// Requests waiting to be taken.
@@ -157,7 +155,10 @@ impl Handle {
             inbox_drops: AtomicU64::new(0),
         });
         let worker = Arc::clone(&shared);
-        std::thread::Builder::new().name("mesh-netstack".into()).spawn(move || worker.run(&sender))?;
+        std::thread::Builder::new().name("mesh-netstack".into()).spawn(move || {
+            let ending = Ending(&worker);
+            ending.0.run(&sender);
+        })?;
         let device = StackDevice::new(Arc::clone(&shared));
         Ok((Self { shared, requests: Mutex::new(requests) }, device))
     }
@@ -374,11 +375,8 @@ impl Shared {
                 return;
             }
             stack.set_transmit_limit(self.room());
-            for (count, packet) in batch.drain(..).enumerate() {
+            for packet in batch.drain(..) {
                 stack.handle_packet(started, packet);
-                if count % INGRESS_BURST == INGRESS_BURST - 1 {
-                    stack.flush(started);
-                }
             }
             stack.handle_timeout(started);
             self.send_out(&mut stack, started);
@@ -436,10 +434,18 @@ impl Shared {
         while let Some(packet) = stack.poll_transmit() {
             outbox.packets.push_back(packet);
         }
-        outbox.finished = true;
-        drop(outbox);
-        self.outbox_ready.notify_all();
-        let ending = std::mem::take(&mut lock(&self.inbox).ending);
+    }
+}
+
+/// Ends the device side with the thread, however that ends: nobody waits for a stack that has panicked.
+struct Ending<'a>(&'a Arc<Shared>);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.closed.store(true, Ordering::Release);
+        lock(&self.0.outbox).finished = true;
+        self.0.outbox_ready.notify_all();
+        let ending = std::mem::take(&mut lock(&self.0.inbox).ending);
         for waker in ending {
             waker.wake();
         }

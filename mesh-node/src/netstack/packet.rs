@@ -7,7 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
 use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::wire::{IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpPacket, UdpPacket, UdpRepr};
+use smoltcp::wire::{
+    IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
+    UdpPacket, UdpRepr,
+};
 
 /// Hop limit of packets the stack makes itself, as smoltcp's TCP uses.
 const HOP_LIMIT: u8 = 64;
@@ -21,11 +24,32 @@ pub struct Flow {
     pub remote: SocketAddr,
 }
 
+/// What a segment says about the data that we have sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ack {
+    /// The first byte that the peer has not got.
+    pub(super) number: TcpSeqNumber,
+    /// The byte after the segment's own.
+    pub(super) end: TcpSeqNumber,
+    /// The window field, unscaled.
+    pub(super) window: u16,
+    /// Carries nothing else.
+    pub(super) bare: bool,
+}
+
+/// The bytes of a segment that we have sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sent {
+    pub(super) start: TcpSeqNumber,
+    /// The byte after the last; SYN and FIN count.
+    pub(super) end: TcpSeqNumber,
+}
+
 /// One inbound packet, looked at.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Parsed {
-    /// A TCP segment; `opens` when it is a plain SYN.
-    Tcp { flow: Flow, opens: bool },
+    /// A TCP segment; `opens` when it is a plain SYN, `ack` when it acknowledges and neither opens nor resets.
+    Tcp { flow: Flow, opens: bool, ack: Option<Ack> },
     /// A UDP datagram with a good checksum; the payload stands at this range of the packet.
     Udp { flow: Flow, payload: Range<usize> },
     /// Anything else that is addressed to somebody.
@@ -71,7 +95,13 @@ pub(super) fn parse(packet: &[u8]) -> Option<Parsed> {
                 local: SocketAddr::new(destination, tcp.dst_port()),
                 remote: SocketAddr::new(source, tcp.src_port()),
             };
-            Some(Parsed::Tcp { flow, opens: tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin() })
+            let ack = (tcp.ack() && !tcp.syn() && !tcp.rst()).then(|| Ack {
+                number: tcp.ack_number(),
+                end: tcp.seq_number() + tcp.segment_len(),
+                window: tcp.window_len(),
+                bare: tcp.segment_len() == 0,
+            });
+            Some(Parsed::Tcp { flow, opens: tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin(), ack })
         }
         IpProtocol::Udp => {
             let udp = UdpPacket::new_checked(body).ok()?;
@@ -96,6 +126,45 @@ pub(super) fn destination(packet: &[u8]) -> Option<IpAddr> {
         6 => packet.get(24..40).and_then(|octets| <[u8; 16]>::try_from(octets).ok()).map(IpAddr::from),
         _ => None,
     }
+}
+
+/// The sequence numbers of a TCP packet of ours that occupies any.
+pub(super) fn sent(packet: &[u8]) -> Option<Sent> {
+    let (protocol, start) = match packet.first()? >> 4 {
+        4 => (*packet.get(9)?, 20),
+        _ => (*packet.get(6)?, 40),
+    };
+    if protocol != u8::from(IpProtocol::Tcp) {
+        return None;
+    }
+    let tcp = TcpPacket::new_checked(packet.get(start..)?).ok()?;
+    let sent = Sent { start: tcp.seq_number(), end: tcp.seq_number() + tcp.segment_len() };
+    (tcp.segment_len() > 0 && !tcp.rst()).then_some(sent)
+}
+
+/// Builds the bare acknowledgement that the peer of `flow` would send to repeat `ack`.
+pub(super) fn build_ack(flow: Flow, ack: Ack) -> Vec<u8> {
+    let (source, destination) = (IpAddress::from(flow.remote.ip()), IpAddress::from(flow.local.ip()));
+    let tcp = TcpRepr {
+        src_port: flow.remote.port(),
+        dst_port: flow.local.port(),
+        control: TcpControl::None,
+        seq_number: ack.end,
+        ack_number: Some(ack.number),
+        window_len: ack.window,
+        window_scale: None,
+        max_seg_size: None,
+        sack_permitted: false,
+        sack_ranges: [None; 3],
+        timestamp: None,
+        payload: &[],
+    };
+    let ip = IpRepr::new(source, destination, IpProtocol::Tcp, tcp.buffer_len(), HOP_LIMIT);
+    let checksums = ChecksumCapabilities::default();
+    let mut packet = vec![0; ip.buffer_len()];
+    ip.emit(&mut packet[..], &checksums);
+    tcp.emit(&mut TcpPacket::new_unchecked(&mut packet[ip.header_len()..]), &source, &destination, &checksums);
+    packet
 }
 
 /// Builds one UDP packet; `None` when the ends are of different families or the packet would exceed `mtu`.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
 
-use super::packet;
+use super::packet::{self, Sent};
 
 /// Buffers kept for the next packets.
 const SPARE_BUFFERS: usize = 256;
@@ -32,6 +32,8 @@ pub(super) struct Outgoing {
     limit: usize,
     /// Buffers to use again.
     spare: Vec<Vec<u8>>,
+    /// The last TCP segment with data that was sent.
+    sent: Option<Sent>,
 }
 
 impl Phy {
@@ -93,6 +95,11 @@ impl Outgoing {
         }
     }
 
+    /// The last TCP segment with data that was sent since this was asked.
+    pub(super) fn take_sent(&mut self) -> Option<Sent> {
+        self.sent.take()
+    }
+
     fn buffer(&mut self, len: usize) -> Vec<u8> {
         let mut buffer = self.spare.pop().unwrap_or_default();
         buffer.clear();
@@ -117,6 +124,7 @@ impl TxToken for Transmit<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut buffer = self.0.buffer(len);
         let result = f(&mut buffer);
+        self.0.sent = packet::sent(&buffer).or(self.0.sent);
         self.0.push(buffer);
         result
     }

@@ -14,24 +14,32 @@
 //!  poll_transmit ◄─ flush: round robin over touched connections ◄─────┘
 //! ```
 
+mod ports;
+mod tcp;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
-use std::task::{Poll, Waker};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use smoltcp::iface::{Interface, PollResult, SocketHandle, SocketSet};
-use smoltcp::socket::tcp::{CongestionControl, RecvError, Socket, SocketBuffer, State};
-use smoltcp::wire::{HardwareAddress, IpCidr, IpEndpoint, IpListenEndpoint};
+use smoltcp::socket::tcp::{Socket, State};
+use smoltcp::wire::{HardwareAddress, IpCidr};
 
-use super::packet::{self, Flow, Parsed};
+use ports::{Listener, Udp};
+
+use super::packet::{self, Ack, Flow, Parsed};
 use super::phy::Phy;
+use super::recovery::{DUPLICATES, Recovery};
 use super::{Bind, Config, is_service_address};
 
 /// Packets one connection may send before the next one has its turn.
 const BURST: usize = 16;
+/// Packets received for one connection before it may answer.
+const SEGMENTS_PER_ACK: u8 = 2;
 /// Inbound connections whose handshake has not finished, at most; further SYNs are dropped and come again.
 const MAX_HALF_OPEN: usize = 256;
 /// How long an inbound handshake may take.
@@ -109,6 +117,9 @@ struct Conn {
     /// When to abort.
     expires: Option<Instant>,
     time_wait_since: Option<Instant>,
+    recovery: Recovery,
+    /// Packets received since it was asked what it has to send.
+    unanswered: u8,
 }
 
 impl Conn {
@@ -119,20 +130,6 @@ impl Conn {
     fn state(&self) -> State {
         self.sockets.get::<Socket<'_>>(self.handle).state()
     }
-}
-
-#[derive(Debug, Default)]
-struct Listener {
-    queue: VecDeque<ConnId>,
-    backlog: usize,
-    waker: Option<Waker>,
-}
-
-#[derive(Debug)]
-struct Udp {
-    bind: Bind,
-    queue: VecDeque<(Flow, Vec<u8>)>,
-    waker: Option<Waker>,
 }
 
 /// A TCP/IP stack without I/O.
@@ -279,17 +276,20 @@ impl Stack {
             return;
         }
         match parsed {
-            Parsed::Tcp { flow, opens } => self.handle_segment(now, flow, opens, packet),
+            Parsed::Tcp { flow, opens, ack } => self.handle_segment(now, flow, opens, ack, packet),
             Parsed::Udp { flow, payload } => self.handle_datagram(now, flow, payload, packet),
             Parsed::Other { .. } => self.feed(now, None, packet),
         }
     }
 
-    fn handle_segment(&mut self, now: Instant, flow: Flow, opens: bool, packet: Vec<u8>) {
+    fn handle_segment(&mut self, now: Instant, flow: Flow, opens: bool, ack: Option<Ack>, packet: Vec<u8>) {
         if let Some(id) = self.flows.get(&flow).copied() {
             let over = self.conns.get(&id).is_none_or(|c| matches!(c.state(), State::TimeWait | State::Closed));
             if !(opens && over) {
                 self.feed(now, Some(id), packet);
+                if let Some(ack) = ack {
+                    self.recover(now, id, ack);
+                }
                 return;
             }
             // The peer uses its port again: what is left of the old connection gives way (RFC 9293 §3.6.1).
@@ -362,8 +362,24 @@ impl Stack {
         };
         self.iface.poll_ingress_single(at, &mut self.phy, sockets);
         self.phy.recycle();
-        if let Some(id) = id {
+        // The peer's window grows by acknowledgements, not by bytes (RFC 9293 §3.8.6.3): a long batch gets several.
+        let Some((id, conn)) = id.and_then(|id| Some((id, self.conns.get_mut(&id)?))) else { return };
+        conn.unanswered += 1;
+        if conn.unanswered >= SEGMENTS_PER_ACK && self.phy.has_room() {
+            self.send_burst(now, id);
+        } else {
             self.touch(id);
+        }
+    }
+
+    /// Has the next hole repaired after a partial acknowledgement: see [`Recovery`].
+    fn recover(&mut self, now: Instant, id: ConnId, ack: Ack) {
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        let flow = conn.flow;
+        if conn.recovery.acknowledged(ack) {
+            for _ in 0..DUPLICATES {
+                self.feed(now, Some(id), packet::build_ack(flow, ack));
+            }
         }
     }
 
@@ -416,33 +432,34 @@ impl Stack {
         loop {
             while self.phy.has_room() {
                 let Some(id) = self.ready.pop_front() else { break };
-                self.send_burst(now, id);
+                if let Some(conn) = self.conns.get_mut(&id) {
+                    conn.queued = false;
+                    self.send_burst(now, id);
+                }
             }
             let Some(packet) = self.phy.out.pop_looped() else { break };
             self.handle_packet(now, packet);
         }
     }
 
+    /// Lets one connection send, and has it come again if it has more to send than it may, or than there is room for.
     fn send_burst(&mut self, now: Instant, id: ConnId) {
         let at = self.smol(now);
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        conn.queued = false;
+        conn.unanswered = 0;
         let resting = conn.attached && conn.time_wait_since.is_some_and(|since| now >= since + TIME_WAIT_SERVICE);
         let mut more = !resting;
         for _ in 0..BURST {
-            if !more {
+            if !more || !self.phy.has_room() {
                 break;
             }
-            if !self.phy.has_room() {
-                conn.queued = true;
-                self.ready.push_front(id);
-                return;
-            }
             more = self.iface.poll_egress(at, &mut self.phy, &mut conn.sockets) == PollResult::SocketStateChanged;
+            if let Some(sent) = self.phy.out.take_sent() {
+                conn.recovery.sent(sent);
+            }
         }
         if more {
-            conn.queued = true;
-            self.ready.push_back(id);
+            self.touch(id);
         } else {
             self.settle(now, id, resting);
         }
@@ -563,363 +580,6 @@ impl Stack {
         self.time_wait.remove(&id);
         if !conn.established && conn.origin != Origin::Dialed {
             self.half_open -= 1;
-        }
-    }
-
-    // --- TCP -----------------------------------------------------------------------------------------------------
-
-    /// Starts connecting; [`poll_connected`](Self::poll_connected) tells how it went.
-    pub(super) fn connect(&mut self, remote: SocketAddr) -> Result<ConnId, ErrorKind> {
-        if remote.port() == 0 || remote.ip().is_unspecified() || remote.ip().is_multicast() {
-            return Err(ErrorKind::InvalidInput);
-        }
-        let source = self.source_for(remote.ip()).ok_or(ErrorKind::NetworkUnreachable)?;
-        let local = self.free_port(|stack, port| {
-            let flow = Flow { local: SocketAddr::new(source, port), remote };
-            !stack.flows.contains_key(&flow)
-        });
-        let local = SocketAddr::new(source, local.ok_or(ErrorKind::AddrInUse)?);
-        if !self.make_room() {
-            return Err(ErrorKind::ResourceBusy);
-        }
-        let mut socket = self.socket();
-        let (to, from) = (IpEndpoint::from(remote), IpEndpoint::from(local));
-        socket.connect(self.iface.context(), to, from).map_err(|_| ErrorKind::InvalidInput)?;
-        let id = self.insert(Flow { local, remote }, Origin::Dialed, socket);
-        if let Some(conn) = self.conns.get_mut(&id) {
-            conn.attached = true;
-        }
-        self.touch(id);
-        Ok(id)
-    }
-
-    /// Admits a parked SYN: the handshake goes on, the connection is the caller's.
-    pub(super) fn admit(&mut self, now: Instant, flow: Flow) -> Result<ConnId, ErrorKind> {
-        let syn = self.parked.remove(&flow).ok_or(ErrorKind::NotFound)?;
-        if self.flows.contains_key(&flow) || !self.open_passive(now, flow, Origin::Admitted, syn) {
-            return Err(ErrorKind::ResourceBusy);
-        }
-        let id = *self.flows.get(&flow).ok_or(ErrorKind::ConnectionReset)?;
-        if let Some(conn) = self.conns.get_mut(&id) {
-            conn.attached = true;
-        }
-        Ok(id)
-    }
-
-    /// Answers a parked SYN with a reset.
-    pub(super) fn refuse_tcp(&mut self, now: Instant, flow: Flow) {
-        if let Some(syn) = self.parked.remove(&flow) {
-            self.feed(now, None, syn);
-        }
-    }
-
-    /// Drops a parked SYN without an answer; the peer will ask again.
-    pub(super) fn forget(&mut self, flow: Flow) {
-        self.parked.remove(&flow);
-    }
-
-    /// Answers a whole packet as a stack without that socket does: port unreachable, or reset.
-    pub(super) fn refuse_packet(&mut self, now: Instant, packet: Vec<u8>) {
-        self.feed(now, None, packet);
-    }
-
-    fn open_passive(&mut self, now: Instant, flow: Flow, origin: Origin, syn: Vec<u8>) -> bool {
-        if self.half_open >= MAX_HALF_OPEN || !self.make_room() {
-            return false;
-        }
-        let mut socket = self.socket();
-        if socket.listen(IpListenEndpoint::from(IpEndpoint::from(flow.local))).is_err() {
-            return false;
-        }
-        let id = self.insert(flow, origin, socket);
-        self.half_open += 1;
-        if let Some(conn) = self.conns.get_mut(&id) {
-            conn.expires = Some(now + HALF_OPEN_TIME);
-        }
-        self.feed(now, Some(id), syn);
-        true
-    }
-
-    fn insert(&mut self, flow: Flow, origin: Origin, socket: Socket<'static>) -> ConnId {
-        let mut sockets = SocketSet::new(Vec::with_capacity(1));
-        let handle = sockets.add(socket);
-        let id = ConnId(self.next_id);
-        self.next_id += 1;
-        let conn = Conn {
-            sockets,
-            handle,
-            flow,
-            origin,
-            attached: false,
-            established: false,
-            shut: false,
-            queued: false,
-            deadline: None,
-            expires: None,
-            time_wait_since: None,
-        };
-        self.conns.insert(id, conn);
-        self.flows.insert(flow, id);
-        id
-    }
-
-    fn socket(&self) -> Socket<'static> {
-        let mut socket = Socket::new(
-            SocketBuffer::new(vec![0; self.config.receive_buffer]),
-            SocketBuffer::new(vec![0; self.config.send_buffer]),
-        );
-        socket.set_congestion_control(CongestionControl::Cubic);
-        socket.set_nagle_enabled(false);
-        socket.set_timeout(Some(self.config.silence.into()));
-        socket.set_keep_alive(self.config.keep_alive.map(Into::into));
-        socket
-    }
-
-    /// Whether one more connection fits, letting an old one in TIME-WAIT go if it must.
-    fn make_room(&mut self) -> bool {
-        if self.conns.len() >= self.config.max_connections
-            && let Some(oldest) = self.time_wait.first().copied()
-        {
-            self.remove(oldest);
-        }
-        self.conns.len() < self.config.max_connections
-    }
-
-    /// The address to talk to `remote` from.
-    fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
-        let family = |address: &&IpAddr| address.is_ipv4() == remote.is_ipv4();
-        let mut own = self.addresses.iter().filter(family);
-        own.find(|address| !is_service_address(**address)).or_else(|| self.addresses.iter().find(family)).copied()
-    }
-
-    fn free_port(&mut self, free: impl Fn(&Self, u16) -> bool) -> Option<u16> {
-        (0..256).find_map(|_| {
-            let port = self.rng.random_range(DYNAMIC_PORTS);
-            free(self, port).then_some(port)
-        })
-    }
-
-    /// Ready when the handshake is done, or has failed.
-    pub(super) fn poll_connected(&mut self, id: ConnId, waker: &Waker) -> Poll<Result<(), ErrorKind>> {
-        let Some(conn) = self.conns.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
-        match conn.state() {
-            State::SynSent | State::SynReceived => {
-                conn.socket().register_send_waker(waker);
-                Poll::Pending
-            }
-            State::Closed | State::Listen if !conn.established => Poll::Ready(Err(ErrorKind::ConnectionRefused)),
-            State::Closed
-            | State::Listen
-            | State::Established
-            | State::FinWait1
-            | State::FinWait2
-            | State::CloseWait
-            | State::Closing
-            | State::LastAck
-            | State::TimeWait => Poll::Ready(Ok(())),
-        }
-    }
-
-    /// Reads into `buffer`; zero bytes mean that the peer has closed its side.
-    pub(super) fn poll_read(&mut self, id: ConnId, waker: &Waker, buffer: &mut [u8]) -> Poll<Result<usize, ErrorKind>> {
-        let Some(conn) = self.conns.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
-        let connecting = matches!(conn.state(), State::SynSent | State::SynReceived);
-        let socket = conn.socket();
-        if connecting {
-            socket.register_recv_waker(waker);
-            return Poll::Pending;
-        }
-        match socket.recv_slice(buffer) {
-            Ok(0) => {
-                socket.register_recv_waker(waker);
-                Poll::Pending
-            }
-            Ok(read) => {
-                self.touch(id);
-                Poll::Ready(Ok(read))
-            }
-            Err(RecvError::Finished) => Poll::Ready(Ok(0)),
-            Err(RecvError::InvalidState) => Poll::Ready(Err(ErrorKind::ConnectionReset)),
-        }
-    }
-
-    /// Queues as much of `bytes` as there is room for.
-    pub(super) fn poll_write(&mut self, id: ConnId, waker: &Waker, bytes: &[u8]) -> Poll<Result<usize, ErrorKind>> {
-        let Some(conn) = self.conns.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
-        if conn.shut {
-            return Poll::Ready(Err(ErrorKind::BrokenPipe));
-        }
-        match conn.state() {
-            State::SynSent | State::SynReceived => {
-                conn.socket().register_send_waker(waker);
-                Poll::Pending
-            }
-            State::Established | State::CloseWait => match conn.socket().send_slice(bytes) {
-                Ok(0) => {
-                    conn.socket().register_send_waker(waker);
-                    Poll::Pending
-                }
-                Ok(written) => {
-                    self.touch(id);
-                    Poll::Ready(Ok(written))
-                }
-                Err(_) => Poll::Ready(Err(ErrorKind::BrokenPipe)),
-            },
-            State::Closed
-            | State::Listen
-            | State::FinWait1
-            | State::FinWait2
-            | State::Closing
-            | State::LastAck
-            | State::TimeWait => Poll::Ready(Err(ErrorKind::ConnectionReset)),
-        }
-    }
-
-    /// Closes our side: the peer reads to the end of what was written.
-    pub(super) fn shut_down(&mut self, id: ConnId) {
-        if let Some(conn) = self.conns.get_mut(&id)
-            && !conn.shut
-        {
-            conn.shut = true;
-            conn.socket().close();
-            self.touch(id);
-        }
-    }
-
-    /// Ends the connection with a reset.
-    pub(super) fn reset(&mut self, id: ConnId) {
-        if let Some(conn) = self.conns.get_mut(&id) {
-            conn.shut = true;
-            if conn.state() != State::TimeWait {
-                conn.socket().abort();
-            }
-            self.touch(id);
-        }
-    }
-
-    /// The caller lets go: what was written is still delivered.
-    pub(super) fn release(&mut self, now: Instant, id: ConnId) {
-        let Some(conn) = self.conns.get_mut(&id) else { return };
-        conn.attached = false;
-        conn.expires = Some(now + LINGER_TIME);
-        if conn.socket().can_recv() && conn.state() != State::Closed {
-            conn.socket().abort();
-        } else {
-            conn.socket().close();
-        }
-        self.touch(id);
-    }
-
-    /// Both ends of a connection.
-    pub(super) fn flow(&self, id: ConnId) -> Option<Flow> {
-        self.conns.get(&id).map(|conn| conn.flow)
-    }
-
-    // --- listeners -----------------------------------------------------------------------------------------------
-
-    /// Starts listening; port 0 takes a free one. Says where.
-    pub(super) fn listen(&mut self, bind: Bind, backlog: usize) -> Result<Bind, ErrorKind> {
-        let bind = match bind.port {
-            0 => {
-                let port = self.free_port(|stack, port| !stack.listeners.keys().any(|b| b.port == port));
-                Bind { port: port.ok_or(ErrorKind::AddrInUse)?, ..bind }
-            }
-            _ => bind,
-        };
-        if self.listeners.contains_key(&bind) {
-            return Err(ErrorKind::AddrInUse);
-        }
-        self.listeners.insert(bind, Listener { backlog: backlog.max(1), ..Listener::default() });
-        Ok(bind)
-    }
-
-    fn listener_for(&self, local: SocketAddr) -> Option<Bind> {
-        let candidates = [Bind::exactly(local), Bind::port(local.port())];
-        candidates.into_iter().find(|bind| self.listeners.contains_key(bind))
-    }
-
-    /// The next established connection.
-    pub(super) fn poll_accept(&mut self, bind: Bind, waker: &Waker) -> Poll<Result<(ConnId, Flow), ErrorKind>> {
-        let Some(listener) = self.listeners.get_mut(&bind) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
-        while let Some(id) = listener.queue.pop_front() {
-            if let Some(conn) = self.conns.get(&id) {
-                return Poll::Ready(Ok((id, conn.flow)));
-            }
-        }
-        listener.waker = Some(waker.clone());
-        Poll::Pending
-    }
-
-    /// Stops listening; connections that nobody accepted are reset.
-    pub(super) fn unlisten(&mut self, now: Instant, bind: Bind) {
-        let Some(listener) = self.listeners.remove(&bind) else { return };
-        for id in listener.queue {
-            self.reset(id);
-            self.release(now, id);
-        }
-    }
-
-    // --- UDP -----------------------------------------------------------------------------------------------------
-
-    /// Binds a UDP socket; port 0 takes a free one.
-    pub(super) fn bind_udp(&mut self, bind: Bind) -> Result<(UdpId, Bind), ErrorKind> {
-        let bind = match bind.port {
-            0 => {
-                let port = self.free_port(|stack, port| !stack.udp_ports.keys().any(|b| b.port == port));
-                Bind { port: port.ok_or(ErrorKind::AddrInUse)?, ..bind }
-            }
-            _ => bind,
-        };
-        if self.udp_ports.contains_key(&bind) {
-            return Err(ErrorKind::AddrInUse);
-        }
-        let id = UdpId(self.next_id);
-        self.next_id += 1;
-        self.udp_ports.insert(bind, id);
-        self.udp.insert(id, Udp { bind, queue: VecDeque::new(), waker: None });
-        Ok((id, bind))
-    }
-
-    /// Sends one datagram from a bound socket.
-    pub(super) fn send_udp(&mut self, id: UdpId, remote: SocketAddr, payload: &[u8]) -> Result<(), ErrorKind> {
-        let bind = self.udp.get(&id).ok_or(ErrorKind::NotConnected)?.bind;
-        let source = match bind.address {
-            Some(address) => address,
-            None => self.source_for(remote.ip()).ok_or(ErrorKind::NetworkUnreachable)?,
-        };
-        self.send_datagram(Flow { local: SocketAddr::new(source, bind.port), remote }, payload)
-    }
-
-    /// Sends one datagram from any of our addresses and ports.
-    pub(super) fn send_datagram(&mut self, flow: Flow, payload: &[u8]) -> Result<(), ErrorKind> {
-        if flow.remote.port() == 0 || flow.remote.ip().is_unspecified() || flow.remote.ip().is_multicast() {
-            return Err(ErrorKind::InvalidInput);
-        }
-        let packet = packet::build_udp(flow, payload, self.phy.mtu()).ok_or(ErrorKind::InvalidInput)?;
-        if !self.phy.has_room() {
-            self.drops.datagrams += 1;
-            return Err(ErrorKind::WouldBlock);
-        }
-        self.phy.out.push(packet);
-        Ok(())
-    }
-
-    /// The next datagram.
-    pub(super) fn poll_recv_udp(&mut self, id: UdpId, waker: &Waker) -> Poll<Result<(Flow, Vec<u8>), ErrorKind>> {
-        let Some(socket) = self.udp.get_mut(&id) else { return Poll::Ready(Err(ErrorKind::NotConnected)) };
-        match socket.queue.pop_front() {
-            Some(datagram) => Poll::Ready(Ok(datagram)),
-            None => {
-                socket.waker = Some(waker.clone());
-                Poll::Pending
-            }
-        }
-    }
-
-    /// Frees a UDP socket's port.
-    pub(super) fn close_udp(&mut self, id: UdpId) {
-        if let Some(socket) = self.udp.remove(&id) {
-            self.udp_ports.remove(&socket.bind);
         }
     }
 

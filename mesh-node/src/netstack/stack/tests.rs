@@ -1,0 +1,254 @@
+//! The core alone: any packets, any order, no clock.
+
+use std::net::SocketAddr;
+use std::task::{Poll, Waker};
+
+use proptest::prelude::*;
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{IpAddress, IpProtocol, IpRepr, TcpPacket};
+
+use super::*;
+use crate::netstack::Bind;
+
+const OURS: [&str; 2] = ["100.64.0.1", "fd7a:115c:a1e0::1"];
+const THEIRS: [&str; 2] = ["100.64.0.2", "fd7a:115c:a1e0::2"];
+
+#[expect(clippy::disallowed_methods, reason = "a point to count from")]
+fn start() -> Instant {
+    Instant::now()
+}
+
+fn stack(now: Instant) -> Stack {
+    let mut config = Config::with_addresses(OURS.map(|address| address.parse().unwrap()));
+    config.fallback = true;
+    (config.receive_buffer, config.send_buffer) = (4096, 4096);
+    let mut stack = Stack::new(now, config, [7; 32]);
+    stack.listen(Bind::port(80), 4).unwrap();
+    stack.bind_udp(Bind::port(53)).unwrap();
+    stack
+}
+
+/// A packet of ours to be: protocol, and what follows the IP header.
+#[derive(Clone, Debug)]
+struct Made {
+    v6: bool,
+    protocol: u8,
+    ports: (u16, u16),
+    body: Vec<u8>,
+}
+
+fn made() -> impl Strategy<Value = Made> {
+    let ports = (prop_oneof![Just(4000_u16), Just(4001)], prop_oneof![Just(80_u16), Just(53), Just(22)]);
+    let protocol = prop_oneof![4 => Just(6_u8), 1 => Just(17), 1 => Just(1), 1 => Just(58), 1 => any::<u8>()];
+    let body = proptest::collection::vec(any::<u8>(), 0..80);
+    (any::<bool>(), protocol, ports, body).prop_map(|(v6, protocol, ports, body)| Made { v6, protocol, ports, body })
+}
+
+impl Made {
+    /// With good IP and TCP checksums, so that the damage is deeper.
+    fn packet(&self, acknowledges: Option<u32>) -> Vec<u8> {
+        let family = usize::from(self.v6);
+        let source: IpAddress = THEIRS[family].parse().unwrap();
+        let destination: IpAddress = OURS[family].parse().unwrap();
+        let ip = IpRepr::new(source, destination, IpProtocol::from(self.protocol), self.body.len(), 64);
+        let mut packet = vec![0; ip.header_len() + self.body.len()];
+        ip.emit(&mut packet[..], &ChecksumCapabilities::default());
+        let body = &mut packet[ip.header_len()..];
+        body.copy_from_slice(&self.body);
+        if body.len() >= 20 && self.protocol == 6 {
+            body[..2].copy_from_slice(&self.ports.0.to_be_bytes());
+            body[2..4].copy_from_slice(&self.ports.1.to_be_bytes());
+            if let Some(number) = acknowledges {
+                body[8..12].copy_from_slice(&number.to_be_bytes());
+            }
+            // A header length that fits more often than not.
+            body[12] = 0x50 | (body[12] & 0x30);
+            TcpPacket::new_unchecked(body).fill_checksum(&source, &destination);
+        }
+        packet
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_packets_are_survived_and_timers_move_on(
+        packets in proptest::collection::vec((made(), any::<bool>(), 0_u64..2000), 1..40),
+    ) {
+        let mut now = start();
+        let mut stack = stack(now);
+        let mut answered = None;
+        for (made, echoes, wait) in packets {
+            stack.handle_packet(now, made.packet(answered.filter(|_| echoes)));
+            stack.flush(now);
+            while let Some(packet) = stack.poll_transmit() {
+                prop_assert!(packet.len() <= 1280);
+                // So that some of the next packets acknowledge what we have just sent.
+                answered = packet::sent(&packet).map(|sent| u32::from_ne_bytes(sent.end.0.to_ne_bytes())).or(answered);
+            }
+            while let Some(event) = stack.poll_event() {
+                match event {
+                    Event::TcpRequest(flow) if echoes => {
+                        if let Ok(id) = stack.admit(now, flow) {
+                            stack.release(now, id);
+                        }
+                    }
+                    Event::TcpRequest(flow) => stack.refuse_tcp(now, flow),
+                    Event::UdpDatagram { packet, .. } => stack.refuse_packet(now, packet),
+                }
+            }
+            if let Poll::Ready(Ok((id, _))) = stack.poll_accept(Bind::port(80), Waker::noop()) {
+                let _ = stack.poll_write(id, Waker::noop(), b"welcome");
+                stack.release(now, id);
+            }
+            now += Duration::from_millis(wait);
+            stack.handle_timeout(now);
+            while stack.poll_transmit().is_some() {}
+            prop_assert!(stack.poll_timeout().is_none_or(|at| at > now), "a timer that does not move on");
+        }
+        // Left alone, everything ends.
+        for _ in 0..2000 {
+            let Some(at) = stack.poll_timeout() else { break };
+            now = at.max(now);
+            stack.handle_timeout(now);
+            while stack.poll_transmit().is_some() {}
+        }
+        prop_assert_eq!((stack.half_open, stack.connections()), (0, 0));
+    }
+}
+
+#[test]
+fn half_open_connections_are_bounded_and_expire() {
+    let mut now = start();
+    let mut stack = stack(now);
+    let syn = |port: u16| {
+        let mut body = vec![0; 20];
+        (body[12], body[13]) = (0x50, 2);
+        Made { v6: false, protocol: 6, ports: (port, 80), body }.packet(None)
+    };
+    for port in 1..=300 {
+        stack.handle_packet(now, syn(port));
+    }
+    stack.flush(now);
+    assert_eq!((stack.half_open, stack.connections()), (MAX_HALF_OPEN, MAX_HALF_OPEN));
+    assert_eq!(stack.drops().connections, 300 - MAX_HALF_OPEN as u64);
+    while stack.poll_transmit().is_some() {}
+    while stack.connections() > 0 {
+        now = stack.poll_timeout().expect("a connection has a deadline");
+        stack.handle_timeout(now);
+        while stack.poll_transmit().is_some() {}
+    }
+    assert_eq!(stack.half_open, 0);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_packets() {
+    let now = start();
+    let run = || {
+        let mut stack = stack(now);
+        let remote: SocketAddr = "100.64.0.2:80".parse().unwrap();
+        (0..3).map(|_| stack.connect(remote).unwrap()).for_each(drop);
+        stack.flush(now);
+        std::iter::from_fn(|| stack.poll_transmit()).collect::<Vec<_>>()
+    };
+    assert_eq!(run(), run());
+    assert_eq!(run().len(), 3);
+}
+
+#[test]
+fn an_idle_connection_costs_no_timer() {
+    let mut stack = stack(start());
+    assert_eq!(stack.poll_timeout(), None);
+    stack.handle_timeout(start());
+    assert_eq!(stack.poll_timeout(), None);
+}
+
+/// Two stacks and a cable in virtual time: `delay` each way, and `loses` says which packets never arrive.
+struct Link {
+    now: Instant,
+    delay: Duration,
+    stacks: [Stack; 2],
+    flying: VecDeque<(Instant, usize, Vec<u8>)>,
+    sent: [usize; 2],
+    /// Times that nothing happened for half a second: a timer had to help.
+    stalls: usize,
+}
+
+impl Link {
+    fn new(delay: Duration) -> Self {
+        let now = start();
+        let stacks = [(OURS, 1), (THEIRS, 2)].map(|(addresses, seed)| {
+            let config = Config::with_addresses(addresses.map(|address| address.parse().unwrap()));
+            Stack::new(now, config, [seed; 32])
+        });
+        Self { now, delay, stacks, flying: VecDeque::new(), sent: [0; 2], stalls: 0 }
+    }
+
+    /// Moves on to the next thing that happens.
+    fn step(&mut self, loses: &mut impl FnMut(usize) -> bool) {
+        for side in 0..2 {
+            self.stacks[side].flush(self.now);
+            while let Some(packet) = self.stacks[side].poll_transmit() {
+                self.sent[side] += 1;
+                if !loses(side) {
+                    self.flying.push_back((self.now + self.delay, 1 - side, packet));
+                }
+            }
+        }
+        let timers = self.stacks.iter().filter_map(Stack::poll_timeout);
+        let next = self.flying.front().map(|(at, ..)| *at).into_iter().chain(timers).min().expect("something happens");
+        if next > self.now + Duration::from_millis(500) {
+            self.stalls += 1;
+        }
+        self.now = self.now.max(next);
+        while self.flying.front().is_some_and(|(at, ..)| *at <= self.now) {
+            let Some((_, side, packet)) = self.flying.pop_front() else { break };
+            self.stacks[side].handle_packet(self.now, packet);
+        }
+        for stack in &mut self.stacks {
+            stack.handle_timeout(self.now);
+        }
+    }
+
+    /// Sends `len` bytes from the first stack to the second; how long it takes, and how many packets.
+    fn transfer(&mut self, len: usize, mut loses: impl FnMut(usize) -> bool) -> (Duration, usize) {
+        let started = self.now;
+        self.stacks[1].listen(Bind::port(80), 1).unwrap();
+        let client = self.stacks[0].connect("100.64.0.2:80".parse().unwrap()).unwrap();
+        let (mut server, mut written, mut read) = (None, 0, 0);
+        let mut buffer = vec![0; 64 * 1024];
+        while read < len {
+            self.step(&mut loses);
+            let left = (len - written).min(buffer.len());
+            if let Poll::Ready(wrote) = self.stacks[0].poll_write(client, Waker::noop(), &buffer[..left]) {
+                written += wrote.unwrap();
+            }
+            if let Poll::Ready(accepted) = self.stacks[1].poll_accept(Bind::port(80), Waker::noop()) {
+                server = Some(accepted.unwrap().0);
+            }
+            while let Some(id) = server
+                && let Poll::Ready(got) = self.stacks[1].poll_read(id, Waker::noop(), &mut buffer)
+            {
+                read += got.unwrap();
+            }
+        }
+        (self.now - started, self.sent[0])
+    }
+}
+
+#[test]
+fn a_loss_costs_round_trips_and_not_timers() {
+    let every = |nth: usize| {
+        let mut count = 0;
+        move |side: usize| {
+            count += usize::from(side == 0);
+            side == 0 && nth != 0 && usize::is_multiple_of(count, nth)
+        }
+    };
+    for (nth, seconds) in [(0, 1), (1000, 2), (100, 12), (50, 20)] {
+        let mut link = Link::new(Duration::from_millis(10));
+        let (took, packets) = link.transfer(4 << 20, every(nth));
+        println!("4 MiB over 20 ms, every {nth}th packet lost: {took:?} and {packets} packets");
+        assert_eq!(link.stalls, 0, "every {nth}th lost");
+        assert!(took < Duration::from_secs(seconds), "every {nth}th lost: {took:?}");
+    }
+}
