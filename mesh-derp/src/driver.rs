@@ -4,9 +4,11 @@
 //! one node's connection to a region.
 
 use std::convert::Infallible;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use rand_core::{Rng, TryCryptoRng, TryRng};
+use tokio::net::TcpStream;
 
 pub mod client;
 #[cfg(feature = "server")]
@@ -53,6 +55,24 @@ impl TryCryptoRng for SystemRandom {}
 /// A number from 0 up to, but not including, 1.
 pub(crate) fn random_fraction() -> f64 {
     f64::from(SystemRandom.next_u32()) / (f64::from(u32::MAX) + 1.0)
+}
+
+/// Makes sure that a read has somewhere to go. A new buffer is only begun when the old one is nearly full: its packets
+/// may still be queued somewhere, and then it cannot be grown in place.
+pub(crate) fn make_room(buffer: &mut BytesMut, chunk: usize) {
+    if buffer.capacity() - buffer.len() < chunk / 4 {
+        buffer.reserve(chunk);
+    }
+}
+
+/// Sets up a relay's TCP connection: no waiting for more to send, and an end that has silently gone is noticed after
+/// 15 s of unanswered data, or some 11 min of silence. Options that the system does not have are left alone.
+pub(crate) fn tune(stream: &TcpStream) {
+    let socket = socket2::SockRef::from(stream);
+    let _ = socket.set_tcp_nodelay(true);
+    let _ = socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(Duration::from_secs(600)));
+    #[cfg(target_os = "linux")]
+    let _ = socket.set_tcp_user_timeout(Some(Duration::from_secs(15)));
 }
 
 /// Writes a file that only its owner may read, as a whole or not at all. The directory is made if it is missing.

@@ -18,7 +18,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::sync::Notify;
 
 use super::stream::{Rewind, Transport};
-use super::{SystemRandom, now, random_fraction};
+use super::{SystemRandom, make_room, now, random_fraction};
 use crate::client::{Connection, Event, Timing};
 use crate::frame::{GoneReason, HEADER_LEN, MAX_PACKET_LEN};
 use crate::map::DerpRegion;
@@ -186,6 +186,7 @@ pub struct RelayClient {
     state: State,
     events: VecDeque<RelayEvent>,
     failures: u32,
+    connected_at: Option<Instant>,
     last_sent: Option<Instant>,
 }
 
@@ -198,6 +199,8 @@ impl std::fmt::Debug for RelayClient {
 const CLOSED: &str = "relay closed the connection";
 /// How much is handed to the socket at once: four TLS records.
 const BATCH: usize = 64 * 1024;
+/// A connection that lasted this long was a success: the next attempt follows at once.
+const SETTLED: Duration = Duration::from_secs(5);
 /// How much is read at once.
 const READ_CHUNK: usize = 32 * 1024;
 
@@ -213,7 +216,7 @@ impl RelayClient {
             too_long: AtomicU64::new(0),
         }));
         let state = State::Dialling(Box::pin(dial::dial(options.region.clone(), options.tls.clone())));
-        Self { options, outbox, state, events: VecDeque::new(), failures: 0, last_sent: None }
+        Self { options, outbox, state, events: VecDeque::new(), failures: 0, connected_at: None, last_sent: None }
     }
 
     /// Where packets go in.
@@ -225,7 +228,7 @@ impl RelayClient {
     /// Whether a relay has accepted the login and nothing has gone wrong since.
     #[must_use]
     pub const fn is_connected(&self) -> bool {
-        matches!(self.state, State::Connected(_)) && self.failures == 0
+        self.connected_at.is_some()
     }
 
     /// When a packet was last handed to a connection, for closing regions that are no longer used.
@@ -245,6 +248,7 @@ impl RelayClient {
     /// Gives up the present connection and connects anew at once: the network has changed.
     pub fn reconnect(&mut self) {
         self.failures = 0;
+        self.connected_at = None;
         self.state = self.dialling();
     }
 
@@ -278,7 +282,7 @@ impl RelayClient {
                     while let Some(event) = open.core.poll_event() {
                         match event {
                             Event::Connected { .. } => {
-                                self.failures = 0;
+                                self.connected_at = Some(now());
                                 self.events.push_back(RelayEvent::Connected { node: open.node.clone() });
                             }
                             Event::Packet { source, payload } => {
@@ -308,14 +312,14 @@ impl RelayClient {
         let (reader, writer) = tokio::io::split(link.stream);
         let out = BytesMut::from(&link.first[..]);
         let open = Open { node: link.node, reader, writer, core, out, unflushed: false };
-        // Counts as a failure until the relay accepts the login: one that closes at once is not asked at full speed.
-        self.failures += 1;
         self.state = State::Connected(Box::new(open));
     }
 
     fn failed(&mut self, reason: String) {
-        let was_connecting = matches!(self.state, State::Dialling(_));
-        self.failures += u32::from(was_connecting);
+        // A relay that lets clients in and drops them at once must not be asked at full speed.
+        let lasted = self.connected_at.take().map(|at| now().duration_since(at));
+        self.failures =
+            if lasted.is_some_and(|lasted| lasted >= SETTLED) { 0 } else { self.failures.saturating_add(1) };
         tracing::debug!(region = %self.options.region.id, %reason, "relay connection failed");
         let wait = backoff(self.failures).mul_f64(0.5 + random_fraction());
         self.state = State::Waiting(Box::pin(tokio::time::sleep(wait)));
@@ -338,7 +342,7 @@ impl Open {
             if ended { CLOSED.to_owned() } else { format!("connection lost: {error}") }
         };
         let deadline = self.core.poll_timeout().map(tokio::time::Instant::from_std);
-        self.core.read_buffer().reserve(READ_CHUNK);
+        make_room(self.core.read_buffer(), READ_CHUNK);
         tokio::select! {
             read = self.reader.read_buf(self.core.read_buffer()) => {
                 if read.map_err(io)? == 0 {

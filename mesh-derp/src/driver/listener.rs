@@ -29,9 +29,9 @@ pub struct Timing {
 }
 
 impl Default for Timing {
-    /// 10 s for each step, 1024 at once.
+    /// 20 s for each step, since some clients open a connection ahead of its use; 1024 at once.
     fn default() -> Self {
-        Self { handshake: Duration::from_secs(10), head: Duration::from_secs(10), underway: 1024 }
+        Self { handshake: Duration::from_secs(20), head: Duration::from_secs(20), underway: 1024 }
     }
 }
 
@@ -160,7 +160,7 @@ async fn open(
     tls: Option<Arc<ServerConfig>>,
     timing: Timing,
 ) -> io::Result<Option<Incoming>> {
-    let _ = stream.set_nodelay(true);
+    super::tune(&stream);
     let local_addr = stream.local_addr()?;
     let mut transport = tokio::time::timeout(timing.handshake, secure(stream, tls)).await??;
     let head = tokio::time::timeout(timing.head, read_request_head(&mut transport)).await??;

@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 use super::stream::{Rewind, read_request_head};
-use super::{SystemRandom, now, random_fraction};
+use super::{SystemRandom, make_room, now, random_fraction};
 use crate::frame::{Frame, GoneReason};
 use crate::queue::{Depth, Lane};
 use crate::server::{Connection, ConnectionId, Input, Registry, ServerError};
@@ -263,7 +263,7 @@ impl RelayServer {
                 }
             }
             let buffer = core.read_buffer();
-            buffer.reserve(READ_CHUNK);
+            make_room(buffer, READ_CHUNK);
             if stream.read_buf(buffer).await? == 0 {
                 return Err(Ended::Closed);
             }
@@ -298,7 +298,7 @@ impl RelayServer {
             self.counters.frames_unknown.add(core.skipped() - skipped);
             skipped = core.skipped();
             let buffer = core.read_buffer();
-            buffer.reserve(READ_CHUNK);
+            make_room(buffer, READ_CHUNK);
             if reader.read_buf(buffer).await? == 0 {
                 return Err(Ended::Closed);
             }

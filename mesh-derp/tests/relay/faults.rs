@@ -172,3 +172,21 @@ async fn a_web_server_in_place_of_the_relay_is_named_as_such() {
     let RelayEvent::Disconnected { reason } = event(&mut client).await else { panic!() };
     assert_eq!(reason, "localhost: answered 403 and not 101");
 }
+
+#[tokio::test]
+async fn a_relay_that_drops_whom_it_lets_in_is_asked_ever_less_often() {
+    let relay = TestRelay::start().await;
+    let mut client = client(relay.region(), trusting(), 1);
+    let mut logins = 0u32;
+    let _ = tokio::time::timeout(Duration::from_secs(2), async {
+        loop {
+            if matches!(client.next_event().await, RelayEvent::Connected { .. }) {
+                logins += 1;
+                relay.server.close_all();
+            }
+        }
+    })
+    .await;
+    // Waiting n² × 10 ms, give or take half, makes 12 attempts in 2 s at the very most.
+    assert!((3..=14).contains(&logins), "{logins} logins");
+}

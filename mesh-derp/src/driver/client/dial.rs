@@ -11,8 +11,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::super::now;
 use super::super::stream::{Rewind, Transport};
+use super::super::{now, tune};
 use crate::map::{DerpNode, DerpRegion, FamilyAddress};
 use crate::tls::{ClientTls, TlsError, server_name};
 use crate::upgrade::{self, HttpError, ResponseHead};
@@ -210,7 +210,7 @@ async fn connect_tcp(node: &DerpNode) -> Result<TcpStream, DialError> {
         let connected = timeout(TCP_TIMEOUT, TcpStream::connect(address)).await;
         match connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
             Ok(stream) => {
-                let _ = stream.set_nodelay(true);
+                tune(&stream);
                 return Ok(stream);
             }
             Err(source) => last = Some(DialError::Tcp { address, source }),
