@@ -2,7 +2,32 @@
 #![forbid(unsafe_code)]
 
 pub mod dataplane;
+pub mod directory;
 pub mod dns;
+pub mod engine;
+pub mod error;
 pub mod forward;
+pub mod local_api;
+pub mod netcheck;
 pub mod netstack;
+pub mod node;
+pub mod prefs;
 pub mod proxy;
+pub mod state;
+pub mod status;
+
+mod driver;
+
+pub use error::Error;
+pub use node::{Builder, Device, Node, UpOptions};
+pub use prefs::PathMode;
+pub use status::{NodeState, Status};
+
+/// The version of this crate and of the protocol that it speaks with coordinators.
+#[must_use]
+pub fn version() -> local_api::Version {
+    local_api::Version {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        capability_version: mesh_control::version::CapabilityVersion::CURRENT.0,
+    }
+}

@@ -1,0 +1,161 @@
+//! One task per relay region that is wanted.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use mesh_derp::driver::client::{Options, Outbox, RelayClient, RelayEvent};
+use mesh_derp::map::{DerpMap, DerpRegion, RegionId};
+use mesh_derp::tls::ClientTls;
+use mesh_noise::key::{NodePrivate, NodePublic};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::dataplane::{Dataplane, RelaySink};
+use crate::engine::RelayPlan;
+
+/// Hands datagrams to the regions that are connected. Clones share the table.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RelaySender {
+    outboxes: Arc<ArcSwap<BTreeMap<RegionId, Outbox>>>,
+}
+
+impl RelaySender {
+    /// Queues `datagram` for `node` at `region`; false if there is no connection, or no room.
+    pub(crate) fn send_one(&self, region: RegionId, node: NodePublic, datagram: Bytes) -> bool {
+        self.outboxes.load().get(&region).is_some_and(|outbox| outbox.try_send(node, datagram))
+    }
+}
+
+impl RelaySink for RelaySender {
+    fn send(&self, region: RegionId, to: NodePublic, datagrams: &mut dyn Iterator<Item = &[u8]>) -> usize {
+        let outboxes = self.outboxes.load();
+        let Some(outbox) = outboxes.get(&region) else { return 0 };
+        outbox.try_send_all(datagrams.map(|datagram| (to, Bytes::copy_from_slice(datagram))))
+    }
+}
+
+#[derive(Debug)]
+struct Running {
+    region: DerpRegion,
+    home: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The relay connections of a node. Dropping it closes them.
+#[derive(Debug)]
+pub(super) struct RelaySet {
+    key: NodePrivate,
+    tls: ClientTls,
+    map: Arc<DerpMap>,
+    plan: RelayPlan,
+    running: BTreeMap<RegionId, Running>,
+    sender: RelaySender,
+    dataplane: Arc<Dataplane>,
+    events: mpsc::Sender<(RegionId, RelayEvent)>,
+}
+
+impl RelaySet {
+    pub(super) fn new(
+        key: NodePrivate,
+        tls: ClientTls,
+        sender: RelaySender,
+        dataplane: Arc<Dataplane>,
+        events: mpsc::Sender<(RegionId, RelayEvent)>,
+    ) -> Self {
+        let running = BTreeMap::new();
+        Self { key, tls, map: Arc::default(), plan: RelayPlan::default(), running, sender, dataplane, events }
+    }
+
+    /// Logs in anew everywhere, under another key.
+    pub(super) fn set_key(&mut self, key: NodePrivate) {
+        self.key = key;
+        self.running.clear();
+        self.reconcile();
+    }
+
+    pub(super) fn set_map(&mut self, map: Arc<DerpMap>) {
+        self.map = map;
+        self.reconcile();
+    }
+
+    pub(super) fn set_plan(&mut self, plan: RelayPlan) {
+        self.plan = plan;
+        self.reconcile();
+    }
+
+    /// Starts what is missing and stops what is superfluous or described otherwise now.
+    fn reconcile(&mut self) {
+        let before = self.running.len();
+        let (map, plan) = (&self.map, &self.plan);
+        self.running.retain(|id, running| plan.regions.contains(id) && map.regions.get(id) == Some(&running.region));
+        let mut outboxes = BTreeMap::clone(&self.sender.outboxes.load());
+        outboxes.retain(|id, _| self.running.contains_key(id));
+        for (id, running) in &self.running {
+            running.home.send_if_modified(|home| {
+                let now = self.plan.home == Some(*id);
+                std::mem::replace(home, now) != now
+            });
+        }
+        for id in &self.plan.regions {
+            let Some(region) = self.map.regions.get(id).filter(|_| !self.running.contains_key(id)) else { continue };
+            let is_home = self.plan.home == Some(*id);
+            let mut options = Options::new(region.clone(), self.key.clone(), self.tls.clone());
+            options.home = is_home;
+            let client = RelayClient::new(options);
+            outboxes.insert(*id, client.outbox());
+            let (home, wanted) = watch::channel(is_home);
+            let task = tokio::spawn(run(*id, client, wanted, Arc::clone(&self.dataplane), self.events.clone()));
+            self.running.insert(*id, Running { region: region.clone(), home, task });
+        }
+        if before != self.running.len() {
+            tracing::debug!(regions = ?self.plan.regions, home = ?self.plan.home, "relay connections");
+        }
+        self.sender.outboxes.store(Arc::new(outboxes));
+    }
+}
+
+impl Drop for RelaySet {
+    fn drop(&mut self) {
+        self.sender.outboxes.store(Arc::default());
+    }
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "everything but packets is for the session to judge")]
+async fn run(
+    id: RegionId,
+    mut client: RelayClient,
+    mut home: watch::Receiver<bool>,
+    dataplane: Arc<Dataplane>,
+    events: mpsc::Sender<(RegionId, RelayEvent)>,
+) {
+    loop {
+        tokio::select! {
+            event = client.next_event() => match event {
+                RelayEvent::Packet { source, payload } => {
+                    // What finds no room is counted there.
+                    dataplane.inject(id, source, payload);
+                }
+                event => {
+                    if events.send((id, event)).await.is_err() {
+                        return;
+                    }
+                }
+            },
+            changed = home.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let is_home = *home.borrow_and_update();
+                client.set_home(is_home);
+            }
+        }
+    }
+}

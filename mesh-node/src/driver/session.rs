@@ -1,0 +1,476 @@
+//! One stay in the mesh, from `up` to `down`: the engine with its relays and its coordinator.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use mesh_control::client::{Config, ControlEvent, Problem};
+use mesh_control::driver::client::{Control, Options};
+use mesh_control::netmap::Netmap;
+use mesh_control::wire::Hostinfo;
+use mesh_derp::driver::client::{RelayEvent, latency_check};
+use mesh_derp::map::{DerpRegion, FamilyAddress, RegionId};
+use mesh_derp::tls::ClientTls;
+use mesh_nat::agent::PingId;
+use mesh_nat::{Family, Path};
+use mesh_noise::key::{DiscoPrivate, MachinePublic, NodePrivate, NodePublic};
+use tokio::sync::mpsc;
+
+use super::control::{self, ControlTask};
+use super::relays::RelaySet;
+use super::{Driver, HostNetwork, Plane, RelaySender, Reply, answer};
+use crate::dataplane::Notice;
+use crate::directory::Directory;
+use crate::dns::MagicDns;
+use crate::engine::{self, Announcement, Command, Engine, Event, Hop, Local, MapView};
+use crate::error::Error;
+use crate::local_api::Via;
+use crate::netcheck::NetcheckReport;
+use crate::prefs::PathMode;
+use crate::status::NodeState;
+
+/// Relay events that may wait; the relay's task waits when there are more.
+const RELAY_QUEUE: usize = 256;
+/// Answers of small jobs that may wait.
+const JOB_QUEUE: usize = 16;
+/// How long one HTTPS measurement, or one look-up of a name, may take.
+const JOB_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What a session waits for.
+#[derive(Debug)]
+pub(crate) enum Input {
+    Control(Option<(ControlEvent, Option<MachinePublic>)>),
+    Relay(RegionId, RelayEvent),
+    Job(Job),
+}
+
+/// What small jobs beside the session have found out.
+#[derive(Debug)]
+pub(crate) enum Job {
+    Https(RegionId, Option<(Duration, Family)>),
+    Resolved(String, Vec<IpAddr>),
+}
+
+/// The engine and the tasks that serve it.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(super) engine: Engine,
+    control: ControlTask,
+    hostinfo: Hostinfo,
+    relays: RelaySet,
+    relay_sender: RelaySender,
+    relay_events: mpsc::Receiver<(RegionId, RelayEvent)>,
+    jobs: mpsc::Receiver<Job>,
+    job_sender: mpsc::Sender<Job>,
+    tls: ClientTls,
+    pub(super) netmap: Option<Arc<Netmap>>,
+    map: Arc<MapView>,
+    state: NodeState,
+    pub(super) control_connected: bool,
+    pub(super) control_problem: Option<String>,
+    pub(super) relay_problems: BTreeMap<RegionId, String>,
+    accepted_keys: Option<(NodePrivate, Option<MachinePublic>)>,
+    directory: Option<Directory>,
+    names: Option<MagicDns>,
+    pings: BTreeMap<PingId, Reply<(Via, Duration)>>,
+    netchecks: Vec<Reply<NetcheckReport>>,
+}
+
+impl Session {
+    /// Starts to connect, as the driver's preferences say.
+    pub(super) fn start(driver: &Driver, auth_key: Option<String>) -> Result<Self, Error> {
+        let now = driver.clock.now();
+        let mut rng = crate::node::system_rng();
+        let (node_key, known) = match driver.state.node_key()? {
+            Some(key) => (key, true),
+            None => (NodePrivate::generate(&mut rng), false),
+        };
+        let disco = DiscoPrivate::generate(&mut rng);
+        let hostinfo = control::hostinfo(driver.prefs.hostname.as_deref(), driver.fixed.device == "userspace");
+        let description = control::description(&hostinfo, disco.public(), &Announcement::default());
+        let tls = driver.fixed.relay_tls.clone();
+        let mut seed = || {
+            let mut seed = [0; 32];
+            rand_core::Rng::fill_bytes(&mut rng, &mut seed);
+            seed
+        };
+        let mut client = Config::new(node_key.clone(), description);
+        client.ephemeral = driver.fixed.ephemeral;
+        let options = Options {
+            url: driver.prefs.control_url.clone().unwrap_or_default(),
+            machine: driver.fixed.machine.clone(),
+            control: driver.state.control_key()?.filter(|_| known),
+            tls: Some(tls.https(&[]).map_err(|error| Error::Tls(error.to_string()))?),
+            client,
+        };
+        let mut control = Control::new(options, seed()).map_err(|problem| Error::Setting(problem.to_string()))?;
+        control.login(auth_key);
+        let mut engine = Engine::new(
+            now,
+            engine::Config {
+                private: node_key.clone(),
+                disco,
+                seed: seed(),
+                epoch: driver.clock.epoch(),
+                wall: driver.clock.wall(driver.clock.epoch()),
+                mode: driver.prefs.path_mode,
+                static_endpoints: driver.fixed.static_endpoints.clone(),
+                timing: driver.fixed.timing.clone(),
+            },
+        );
+        engine.set_local(now, driver.host.local(driver.fixed.loopback_endpoints), &driver.host.sockets.ids());
+        let (events, relay_events) = mpsc::channel(RELAY_QUEUE);
+        let (job_sender, jobs) = mpsc::channel(JOB_QUEUE);
+        let relay_sender = driver.relay_sender.clone();
+        let dataplane = driver.plane.dataplane();
+        let relays = RelaySet::new(node_key, tls.clone(), relay_sender.clone(), dataplane, events);
+        Ok(Self {
+            engine,
+            control: ControlTask::spawn(control),
+            hostinfo,
+            relays,
+            relay_sender,
+            relay_events,
+            jobs,
+            job_sender,
+            tls,
+            netmap: None,
+            map: Arc::default(),
+            state: NodeState::STARTING,
+            control_connected: false,
+            control_problem: None,
+            relay_problems: BTreeMap::new(),
+            accepted_keys: None,
+            directory: None,
+            names: None,
+            pings: BTreeMap::new(),
+            netchecks: Vec::new(),
+        })
+    }
+
+    pub(super) fn state(&self) -> &NodeState {
+        &self.state
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.engine.poll_timeout()
+    }
+
+    /// Keys to be stored: ours, and the coordinator's.
+    pub(super) fn take_accepted_keys(&mut self) -> Option<(NodePrivate, Option<MachinePublic>)> {
+        self.accepted_keys.take()
+    }
+
+    /// Names to be published, if they have changed.
+    pub(super) fn take_directory(&mut self) -> Option<Directory> {
+        self.directory.take()
+    }
+
+    /// Names to be answered, if they have changed.
+    pub(super) fn take_names(&mut self) -> Option<MagicDns> {
+        self.names.take()
+    }
+
+    /// Waits for the next input. Safe to cancel.
+    pub(super) async fn next_event(&mut self) -> Input {
+        tokio::select! {
+            event = self.control.next_event() => Input::Control(event),
+            Some((region, event)) = self.relay_events.recv() => Input::Relay(region, event),
+            Some(job) = self.jobs.recv() => Input::Job(job),
+        }
+    }
+
+    // --- inputs ------------------------------------------------------------------------------------------------------
+
+    pub(super) fn handle_event(&mut self, now: Instant, input: Input) {
+        match input {
+            Input::Control(Some((event, control_key))) => self.handle_control(now, event, control_key),
+            Input::Control(None) => {
+                self.stop("the connection to the coordinator has failed; restart the node".to_owned());
+            }
+            Input::Relay(region, event) => self.handle_relay(now, region, event),
+            Input::Job(Job::Https(region, measured)) => self.engine.https_latency(now, region, measured),
+            Input::Job(Job::Resolved(host, addresses)) => self.engine.resolved(now, &host, addresses),
+        }
+    }
+
+    fn stop(&mut self, error: String) {
+        self.state = NodeState::Stopped { error: Some(error) };
+    }
+
+    fn handle_control(&mut self, now: Instant, event: ControlEvent, control_key: Option<MachinePublic>) {
+        match event {
+            ControlEvent::AuthUrl(url) => self.state = NodeState::NeedsLogin { url },
+            ControlEvent::Registered(registered) => {
+                if registered.node_key.public() != self.engine.node_key() {
+                    self.engine.set_private_key(now, &registered.node_key);
+                    self.relays.set_key(registered.node_key.clone());
+                }
+                if !self.state.is_running() {
+                    self.state = NodeState::STARTING;
+                    if !registered.machine_authorized {
+                        self.wait("an administrator has to approve this machine".to_owned(), false);
+                    }
+                }
+                self.accepted_keys = Some((registered.node_key, control_key));
+            }
+            ControlEvent::Netmap { netmap, .. } => self.handle_netmap(now, netmap),
+            ControlEvent::Expired => {
+                self.control_problem = Some("the node's key has expired: sign in again with `mesh login`".to_owned());
+            }
+            ControlEvent::Unreachable { reason, retry_in } => {
+                tracing::info!(%reason, ?retry_in, "coordinator");
+                self.control_connected = false;
+                self.engine.set_control_connected(now, false);
+                self.wait(reason.to_string(), reason.needs_attention());
+            }
+            ControlEvent::Error(problem) => self.refused(problem),
+            ControlEvent::ClockSkew { by, ahead } => {
+                let direction = if ahead { "ahead of" } else { "behind" };
+                tracing::warn!(seconds = by.as_secs(), "this machine's clock is {direction} the coordinator's: set it");
+            }
+            ControlEvent::OpenBrowser(url) => tracing::info!(url, "the coordinator asks you to open this page"),
+            ControlEvent::LoggedOut(_) => self.state = NodeState::Stopped { error: None },
+            ControlEvent::Ping(_) => {}
+            _ => {}
+        }
+    }
+
+    /// The coordinator cannot be used now; a node that runs goes on without it.
+    fn wait(&mut self, problem: String, needs_attention: bool) {
+        if !self.state.is_running() {
+            self.state = NodeState::Starting { error: Some(problem.clone()), needs_attention };
+        }
+        self.control_problem = Some(problem);
+    }
+
+    fn refused(&mut self, problem: Problem) {
+        self.stop(problem.to_string());
+    }
+
+    fn handle_netmap(&mut self, now: Instant, netmap: Arc<Netmap>) {
+        self.control_connected = true;
+        self.control_problem = None;
+        let map = Arc::new(MapView::of(&netmap));
+        self.map = Arc::clone(&map);
+        self.engine.set_control_connected(now, true);
+        self.engine.set_map(now, map);
+        self.directory = Some(Directory::of(&netmap));
+        self.names = Some(names(&netmap));
+        match netmap.node() {
+            Some(node) if node.machine_authorized => self.state = NodeState::Running,
+            Some(_) => {
+                let error = Some("an administrator has to approve this machine".to_owned());
+                self.state = NodeState::Starting { error, needs_attention: false };
+            }
+            None => {}
+        }
+        self.netmap = Some(netmap);
+    }
+
+    fn handle_relay(&mut self, now: Instant, region: RegionId, event: RelayEvent) {
+        match event {
+            RelayEvent::Connected { .. } => {
+                self.relay_problems.remove(&region);
+                self.engine.set_relay_connected(now, region, true);
+            }
+            RelayEvent::Disconnected { reason } => {
+                tracing::info!(%region, reason, "relay connection lost");
+                self.relay_problems.insert(region, reason);
+                self.engine.set_relay_connected(now, region, false);
+            }
+            RelayEvent::Packet { source, payload } => {
+                let hop = Hop { path: Path::Relay { region }, node: Some(source) };
+                self.engine.handle_datagram(now, &hop, &payload);
+            }
+            RelayEvent::PeerGone { peer, .. } => tracing::debug!(%region, peer = peer.short(), "not at this relay"),
+            RelayEvent::Health(problem) => {
+                if problem.is_empty() {
+                    self.relay_problems.remove(&region);
+                } else {
+                    self.relay_problems.insert(region, problem);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn handle_notice(&mut self, now: Instant, notice: Notice) {
+        match notice {
+            Notice::Datagram { path, source, datagram } => {
+                self.engine.handle_datagram(now, &Hop { path, node: source }, &datagram);
+            }
+            Notice::WantSession { peer } => self.engine.want_session(now, &peer),
+            Notice::SessionUsed { receiver_index } => self.engine.session_used(now, receiver_index),
+            Notice::PeerActive { peer } => self.engine.peer_active(now, &peer),
+            Notice::Failed { what } => self.stop(format!("{what}; restart the node")),
+            // Paths are learned from path discovery only, and nothing is asked by TSMP yet.
+            Notice::PathSeen { .. } | Notice::Tsmp { .. } => {}
+        }
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        self.engine.handle_timeout(now);
+    }
+
+    pub(super) fn set_local(&mut self, now: Instant, local: Local, host: &HostNetwork) {
+        self.engine.set_local(now, local, &host.sockets.ids());
+        self.control.retry_now();
+    }
+
+    pub(super) fn set_mode(&mut self, now: Instant, mode: PathMode) {
+        self.engine.set_mode(now, mode);
+    }
+
+    pub(super) fn ping(&mut self, now: Instant, peer: NodePublic, size: Option<usize>, reply: Reply<(Via, Duration)>) {
+        match self.engine.ping(now, &peer, size) {
+            Some(id) => {
+                self.pings.insert(id, reply);
+            }
+            None => answer(reply, Err(Error::UnknownPeer(peer.short()))),
+        }
+    }
+
+    pub(super) fn netcheck(&mut self, now: Instant, reply: Reply<NetcheckReport>) {
+        self.netchecks.push(reply);
+        self.engine.measure(now);
+    }
+
+    pub(super) async fn logout(&mut self) -> Result<(), Error> {
+        self.control.logout().await.map_err(|problem| {
+            let why = problem.map_or_else(|| "it does not answer".to_owned(), |problem| problem.to_string());
+            Error::Refused(format!("signed out here, but the coordinator could not be told: {why}"))
+        })
+    }
+
+    // --- outputs -----------------------------------------------------------------------------------------------------
+
+    /// Carries out everything that the engine has decided.
+    pub(super) fn drain(&mut self, plane: &mut Plane, host: &mut HostNetwork) {
+        while let Some(command) = self.engine.poll_command() {
+            self.carry_out(command, plane, host);
+        }
+        while let Some(transmit) = self.engine.poll_transmit() {
+            match (transmit.path, transmit.node) {
+                (Path::Relay { region }, Some(node)) => {
+                    if !self.relay_sender.send_one(region, node, Bytes::from(transmit.datagram)) {
+                        tracing::debug!(%region, "no room, or no connection, for a datagram to this relay");
+                    }
+                }
+                (Path::Relay { .. }, None) => {}
+                (Path::Direct { socket, remote }, _) => plane.send_to(socket, remote, &transmit.datagram),
+                (Path::PeerRelay { .. }, _) => tracing::debug!("peer relays are not carried yet"),
+            }
+        }
+        while let Some(event) = self.engine.poll_event() {
+            self.tell(event);
+        }
+        self.pings.retain(|_, reply| !reply.is_closed());
+    }
+
+    fn carry_out(&mut self, command: Command, plane: &mut Plane, host: &mut HostNetwork) {
+        match command {
+            Command::Relays(plan) => self.relays.set_plan(plan),
+            Command::Regions(map) => self.relays.set_map(map),
+            Command::Announce(announcement) => {
+                let disco = self.engine.disco_key();
+                self.control.describe(control::description(&self.hostinfo, disco, &announcement));
+            }
+            Command::MeasureHttps(region) => self.measure_https(region),
+            Command::Resolve(host) => self.resolve(host),
+            Command::Configure(map) => {
+                host.configure(&map);
+                plane.apply(Command::Configure(map));
+            }
+            Command::SetPeer(_)
+            | Command::RemovePeer(_)
+            | Command::SetPath(..)
+            | Command::OpenSession(_)
+            | Command::UseSession(_)
+            | Command::CloseSession(..)
+            | Command::GiveUp(_) => plane.apply(command),
+        }
+    }
+
+    fn measure_https(&self, id: RegionId) {
+        let Some(region) = self.map.derp.regions.get(&id).cloned() else { return };
+        let tls = self.tls.clone();
+        self.job(async move {
+            let measured = tokio::time::timeout(JOB_TIMEOUT, latency_check(&region, &tls)).await;
+            let latency = measured.ok().and_then(Result::ok);
+            Job::Https(id, latency.map(|latency| (latency, likely_family(&region))))
+        });
+    }
+
+    fn resolve(&self, host: String) {
+        self.job(async move {
+            let looked_up = tokio::time::timeout(JOB_TIMEOUT, tokio::net::lookup_host((host.clone(), 0))).await;
+            let addresses = match looked_up {
+                Ok(Ok(found)) => found.map(|address| address.ip()).collect(),
+                Ok(Err(_)) | Err(_) => Vec::new(),
+            };
+            Job::Resolved(host, addresses)
+        });
+    }
+
+    fn job(&self, job: impl Future<Output = Job> + Send + 'static) {
+        let sender = self.job_sender.clone();
+        tokio::spawn(async move {
+            // A session that has ended needs no answer.
+            sender.send(job.await).await.ok()
+        });
+    }
+
+    fn tell(&mut self, event: Event) {
+        match event {
+            Event::PathChanged { peer, path } => match path {
+                Some(path) => tracing::info!(peer = peer.short(), via = path_kind(&path), "path"),
+                None => tracing::info!(peer = peer.short(), "no path"),
+            },
+            Event::PingAnswered { id, path, latency } => {
+                if let Some(reply) = self.pings.remove(&id) {
+                    answer(reply, Ok((path.into(), latency)));
+                }
+            }
+            Event::PingFailed { id } => {
+                if let Some(reply) = self.pings.remove(&id) {
+                    answer(reply, Err(Error::Timeout(Duration::from_secs(5))));
+                }
+            }
+            Event::PeerSilent { peer } => tracing::info!(peer = peer.short(), "no answer to handshakes"),
+            Event::Measured(report) => {
+                for reply in self.netchecks.drain(..) {
+                    answer(reply, Ok(NetcheckReport::from(&*report)));
+                }
+            }
+        }
+    }
+}
+
+fn path_kind(path: &Path) -> &'static str {
+    match path {
+        Path::Direct { .. } => "direct",
+        Path::PeerRelay { .. } => "peer relay",
+        Path::Relay { .. } => "relay",
+    }
+}
+
+/// The family that an HTTPS connection to this region most likely uses.
+fn likely_family(region: &DerpRegion) -> Family {
+    let v4 = region.relays().any(|node| !matches!(node.v4(), FamilyAddress::Disabled));
+    if v4 { Family::V4 } else { Family::V6 }
+}
+
+/// The names that MagicDNS answers.
+fn names(netmap: &Netmap) -> MagicDns {
+    let mut names = MagicDns::new(netmap.dns_suffix().unwrap_or_default());
+    for node in netmap.node().into_iter().chain(netmap.peers().values().map(|node| &**node)) {
+        let addresses: Vec<IpAddr> = node.addresses.iter().map(ipnet::IpNet::addr).collect();
+        if !names.insert(node.name.trim_end_matches('.'), &addresses) {
+            tracing::debug!(name = node.name, "not a name that DNS can answer");
+        }
+    }
+    names
+}

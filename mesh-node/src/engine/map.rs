@@ -1,0 +1,90 @@
+//! The part of a network map that the engine and the data plane act on.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use mesh_control::netmap::Netmap;
+use mesh_control::wire::{FilterRule, Node};
+use mesh_derp::map::{DerpMap, RegionId};
+use mesh_noise::key::{DiscoPublic, NodePublic};
+
+/// A peer as the engine sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerView {
+    /// Its node key.
+    pub node: NodePublic,
+    /// Its disco key; none if it has no path discovery.
+    pub disco: Option<DiscoPublic>,
+    /// The relay region where it listens.
+    pub home: Option<RegionId>,
+    /// Where it may be reached.
+    pub endpoints: Vec<SocketAddr>,
+    /// What is routed to it, and what it may send from.
+    pub allowed: Vec<IpNet>,
+    /// It may be contacted, but may not start anything itself.
+    pub jailed: bool,
+}
+
+impl PeerView {
+    /// Whether the data plane must be told of the difference.
+    pub(super) fn routing_differs(&self, other: &Self) -> bool {
+        self.allowed != other.allowed || self.jailed != other.jailed
+    }
+
+    fn of(node: &Node) -> Option<Self> {
+        let disco = (!node.disco_key.is_zero()).then_some(node.disco_key);
+        if node.expired || (disco.is_none() && node.home_derp.is_none()) {
+            return None;
+        }
+        let own = |net: &IpNet| node.addresses.contains(net);
+        let allowed = node.allowed_ips.as_deref().unwrap_or(&node.addresses);
+        Some(Self {
+            node: node.key,
+            disco,
+            home: node.home_derp,
+            endpoints: node.endpoints.clone(),
+            // Subnet and exit routes are used only by those who ask for them, and nobody can ask yet.
+            allowed: allowed.iter().filter(|net| own(net)).copied().collect(),
+            jailed: node.is_jailed,
+        })
+    }
+}
+
+/// A network map, reduced.
+#[derive(Debug, Clone, Default)]
+pub struct MapView {
+    /// Our own addresses.
+    pub addresses: Vec<IpNet>,
+    /// The peers that can be reached at all.
+    pub peers: BTreeMap<NodePublic, PeerView>,
+    /// The relays.
+    pub derp: Arc<DerpMap>,
+    /// What may come in; none until control has said so, and then nothing may.
+    pub filter: Option<Vec<FilterRule>>,
+}
+
+impl MapView {
+    /// Reduces `netmap`.
+    #[must_use]
+    pub fn of(netmap: &Netmap) -> Self {
+        let peers = netmap.peers().values().filter_map(|node| PeerView::of(node)).map(|view| (view.node, view));
+        Self {
+            addresses: netmap.node().map(|node| node.addresses.clone()).unwrap_or_default(),
+            peers: peers.collect(),
+            derp: Arc::clone(netmap.derp_map()),
+            filter: netmap.filter(),
+        }
+    }
+
+    /// Our own addresses without their prefix lengths.
+    pub fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().map(IpNet::addr)
+    }
+
+    /// Everything that is routed to peers.
+    pub fn routes(&self) -> impl Iterator<Item = IpNet> {
+        self.peers.values().flat_map(|peer| peer.allowed.iter().copied())
+    }
+}

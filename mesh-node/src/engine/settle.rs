@@ -1,0 +1,144 @@
+//! The drain rule, inwards: after any input, the inner cores are emptied and what depends on them is brought up to date.
+
+use std::time::Instant;
+
+use mesh_nat::report::Scope;
+use mesh_nat::{Path, agent, report};
+use mesh_noise::key::NodePublic;
+use mesh_noise::wireguard;
+
+use super::{ACTIVITY_INTERVAL, Command, Engine, Event, Hop, Transmit};
+
+impl Engine {
+    /// Empties the inner cores after any input, then brings what depends on them up to date.
+    pub(super) fn settle(&mut self, now: Instant) {
+        while self.drain_agent(now) | self.drain_interface(now) | self.drain_netcheck(now) {}
+        self.announce(now);
+        self.update_paths();
+        if let Some(plan) = self.relays.poll_plan() {
+            self.commands.push_back(Command::Relays(plan));
+        }
+        if self.live_sessions == 0 {
+            self.next_activity = None;
+        } else if self.next_activity.is_none() {
+            self.next_activity = Some(now + ACTIVITY_INTERVAL);
+        }
+    }
+
+    fn update_paths(&mut self) {
+        while let Some(key) = self.moved.pop_first() {
+            let path = self.current_path(&key);
+            let Some(peer) = self.peers.get_mut(&key).filter(|peer| peer.path != path) else { continue };
+            peer.path = path;
+            self.commands.push_back(Command::SetPath(key, path));
+            self.events.push_back(Event::PathChanged { peer: key, path });
+        }
+    }
+
+    fn drain_agent(&mut self, now: Instant) -> bool {
+        let mut busy = false;
+        while let Some(transmit) = self.agent.poll_transmit() {
+            busy = true;
+            self.transmit(now, transmit.path, Some(transmit.peer), transmit.datagram);
+        }
+        while let Some(event) = self.agent.poll_event() {
+            busy = true;
+            match event {
+                agent::Event::PingAnswered { id, path, latency, .. } => {
+                    self.events.push_back(Event::PingAnswered { id, path, latency });
+                }
+                agent::Event::PingFailed { id, .. } => self.events.push_back(Event::PingFailed { id }),
+                agent::Event::NeedEndpoints => self.start_measuring(now, Scope::Auto),
+                agent::Event::PathChanged { peer, .. } => {
+                    self.moved.insert(peer);
+                }
+                agent::Event::PeerMapped { .. } => {}
+                _ => {}
+            }
+        }
+        busy
+    }
+
+    fn drain_interface(&mut self, now: Instant) -> bool {
+        let mut busy = false;
+        while let Some(transmit) = self.interface.poll_transmit() {
+            busy = true;
+            let hop = transmit.path.or_else(|| {
+                let path = self.current_path(&transmit.peer?)?;
+                Some(Hop { path, node: transmit.peer })
+            });
+            match hop {
+                Some(hop) => self.transmit(now, hop.path, hop.node.or(transmit.peer), transmit.datagram),
+                None => self.unroutable += 1,
+            }
+        }
+        while let Some(event) = self.interface.poll_event() {
+            busy = true;
+            self.wireguard_event(now, event);
+        }
+        busy
+    }
+
+    fn wireguard_event(&mut self, now: Instant, event: wireguard::Event<Hop>) {
+        match event {
+            wireguard::Event::SessionOpened { peer, session } => {
+                if let Some(known) = self.peers.get_mut(&peer) {
+                    known.sessions.push(session.receiver_index());
+                    self.live_sessions += 1;
+                    self.commands.push_back(Command::OpenSession(session));
+                }
+            }
+            wireguard::Event::SessionReady { peer, session } => {
+                if let Some(known) = self.peers.get_mut(&peer) {
+                    known.last_handshake = Some(now);
+                    self.commands.push_back(Command::UseSession(session));
+                }
+            }
+            wireguard::Event::SessionClosed { peer, receiver_index } => {
+                if let Some(known) = self.peers.get_mut(&peer) {
+                    let before = known.sessions.len();
+                    known.sessions.retain(|index| *index != receiver_index);
+                    self.live_sessions -= before - known.sessions.len();
+                }
+                self.commands.push_back(Command::CloseSession(peer, receiver_index));
+            }
+            wireguard::Event::HandshakeFailed { peer } => {
+                self.commands.push_back(Command::GiveUp(peer));
+                self.events.push_back(Event::PeerSilent { peer });
+            }
+            wireguard::Event::Authenticated { peer, path } => {
+                if let (Some(known), Path::Relay { region }) = (self.peers.get_mut(&peer), path.path) {
+                    known.heard_at = Some(region);
+                    self.agent.heard_by_relay(&peer, region);
+                    self.moved.insert(peer);
+                }
+            }
+        }
+    }
+
+    fn drain_netcheck(&mut self, now: Instant) -> bool {
+        let mut busy = false;
+        while let Some(transmit) = self.netcheck.poll_transmit() {
+            busy = true;
+            let path = Path::Direct { socket: transmit.socket, remote: transmit.remote };
+            self.transmit(now, path, None, transmit.datagram);
+        }
+        while let Some(event) = self.netcheck.poll_event() {
+            busy = true;
+            match event {
+                report::Event::Finished(report) => self.measured(now, report),
+                report::Event::WantHttpsLatency { region } => self.commands.push_back(Command::MeasureHttps(region)),
+                report::Event::Resolve { host } => self.commands.push_back(Command::Resolve(host)),
+                _ => {}
+            }
+        }
+        busy
+    }
+
+    fn transmit(&mut self, now: Instant, path: Path, node: Option<NodePublic>, datagram: Vec<u8>) {
+        if let Path::Relay { region } = path {
+            self.relays.note_use(now, region);
+        }
+        self.transmits.push_back(Transmit { path, node, datagram });
+    }
+}

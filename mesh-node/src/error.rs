@@ -1,0 +1,73 @@
+//! What can go wrong while a node starts or serves a request.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Why an operation of a [`Node`](crate::node::Node) failed. Each message says what to do where something can be done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(#[from] crate::state::StateError),
+    /// A UDP port, a proxy port or the local socket is taken.
+    #[error("cannot listen on {what}: {source}; choose another port or stop what uses it")]
+    Listen {
+        /// What was to be opened.
+        what: String,
+        /// Why the system refused.
+        source: io::Error,
+    },
+    /// The local API's socket cannot be made.
+    #[error("cannot listen on {}: {source}", path.display())]
+    Socket {
+        /// The socket's path.
+        path: PathBuf,
+        /// Why the system refused.
+        source: io::Error,
+    },
+    /// The TUN device or a UDP socket cannot be had.
+    #[error(transparent)]
+    Tun(#[from] mesh_tun::Error),
+    /// The system failed in another way.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// Why the system refused.
+        source: io::Error,
+    },
+    /// A setting cannot be used.
+    #[error("{0}")]
+    Setting(String),
+    /// Certificates for TLS cannot be loaded.
+    #[error("cannot load certificates: {0}")]
+    Tls(String),
+    /// The coordinator said no, or the sign-in needs something from the user.
+    #[error("{0}")]
+    Refused(String),
+    /// No node of the mesh has this name or address.
+    #[error("no peer is called or addressed {0:?}; see `mesh status`")]
+    UnknownPeer(String),
+    /// The operation needs the userspace stack, and this node runs with a TUN device.
+    #[error("this node has a TUN device: use the system's own sockets")]
+    NotUserspace,
+    /// The node is not connected.
+    #[error("the node is not up: {0}")]
+    NotRunning(String),
+    /// Nothing came back in time.
+    #[error("no answer within {0:?}")]
+    Timeout(std::time::Duration),
+    /// The peer did not take the connection.
+    #[error("cannot connect to {to}: {source}")]
+    Dial {
+        /// The address within the mesh.
+        to: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The node has been shut down.
+    #[error("the node has been shut down")]
+    ShutDown,
+}
