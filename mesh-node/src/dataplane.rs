@@ -205,6 +205,12 @@ type Injected = Option<(RegionId, NodePublic, Bytes)>;
 /// A socket with its number.
 type NumberedSocket = (SocketId, Arc<UdpBatch>);
 
+/// A peer and the prefixes last given to it.
+struct Known {
+    cell: Arc<PeerCell>,
+    allowed_ips: Vec<IpNet>,
+}
+
 /// What the threads read.
 struct Shared {
     device: Arc<dyn Device>,
@@ -216,7 +222,7 @@ struct Shared {
     filter: ArcSwap<Filter>,
     sessions: Sessions,
     /// Only for commands; threads find peers by route and session.
-    peers: Mutex<BTreeMap<NodePublic, Arc<PeerCell>>>,
+    peers: Mutex<BTreeMap<NodePublic, Known>>,
     notices: mpsc::Sender<Notice>,
     drops: DropCounters,
     stopped: AtomicBool,
@@ -266,12 +272,15 @@ impl Dataplane {
         let mut peers = self.shared.peers();
         let mut routes = AllowedIps::clone(&self.shared.routes.load());
         for config in configs {
-            let cell = peers.entry(config.key).or_insert_with(|| Arc::new(PeerCell::new(config.key)));
-            cell.set_standing(config.standing);
-            routes.retain(|prefix, owner| !Arc::ptr_eq(owner, cell) || config.allowed_ips.contains(&prefix));
+            let known = peers
+                .entry(config.key)
+                .or_insert_with(|| Known { cell: Arc::new(PeerCell::new(config.key)), allowed_ips: Vec::new() });
+            known.cell.set_standing(config.standing);
+            known.leave(&mut routes, &config.allowed_ips);
             for prefix in &config.allowed_ips {
-                routes.insert(*prefix, Arc::clone(cell));
+                routes.insert(*prefix, Arc::clone(&known.cell));
             }
+            known.allowed_ips.clone_from(&config.allowed_ips);
         }
         self.shared.routes.store(Arc::new(routes));
     }
@@ -279,10 +288,11 @@ impl Dataplane {
     /// Forgets a peer with its sessions and what is parked for it. False if there was none.
     pub fn remove_peer(&self, key: &NodePublic) -> bool {
         let mut peers = self.shared.peers();
-        let Some(cell) = peers.remove(key) else { return false };
+        let Some(known) = peers.remove(key) else { return false };
         let mut routes = AllowedIps::clone(&self.shared.routes.load());
-        routes.retain(|_, owner| !Arc::ptr_eq(owner, &cell));
+        known.leave(&mut routes, &[]);
         self.shared.routes.store(Arc::new(routes));
+        let cell = known.cell;
         self.shared.sessions.remove_of(&cell);
         cell.forget_session();
         self.shared.drops.add(DropReason::NoSession, cell.drop_parked());
@@ -428,7 +438,9 @@ impl Dataplane {
         // If the queue is full its thread is awake, and looks at `stopped`.
         let _ = self.shared.injected.try_send(None);
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        for thread in threads {
+        // A relay sink may hold the last reference, and let go of it on one of these very threads.
+        let current = std::thread::current().id();
+        for thread in threads.into_iter().filter(|thread| thread.thread().id() != current) {
             // A thread that panicked has said so on its own.
             let _ = thread.join();
         }
@@ -450,14 +462,25 @@ impl Drop for Dataplane {
     }
 }
 
+impl Known {
+    /// Takes the peer out of `routes`, but for the prefixes in `keep` and those that belong to another peer by now.
+    fn leave(&self, routes: &mut AllowedIps<Arc<PeerCell>>, keep: &[IpNet]) {
+        for prefix in self.allowed_ips.iter().filter(|prefix| !keep.contains(prefix)) {
+            if let Some(owner) = routes.remove(prefix).filter(|owner| !Arc::ptr_eq(owner, &self.cell)) {
+                routes.insert(*prefix, owner);
+            }
+        }
+    }
+}
+
 impl Shared {
     /// The map is whole at every moment, so a command that panicked leaves nothing to distrust.
-    fn peers(&self) -> MutexGuard<'_, BTreeMap<NodePublic, Arc<PeerCell>>> {
+    fn peers(&self) -> MutexGuard<'_, BTreeMap<NodePublic, Known>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn peer(&self, key: &NodePublic) -> Option<Arc<PeerCell>> {
-        self.peers().get(key).cloned()
+        self.peers().get(key).map(|known| Arc::clone(&known.cell))
     }
 
     fn sockets_without(&self, id: SocketId) -> (Vec<NumberedSocket>, Vec<Arc<UdpBatch>>) {

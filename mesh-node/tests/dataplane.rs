@@ -159,6 +159,36 @@ fn packets_for_nobody_and_no_packets_are_counted() {
 }
 
 #[test]
+fn a_prefix_belongs_to_the_last_peer_it_was_given_to() {
+    let mut pair = Pair::connected();
+    let other = NodePrivate::generate(&mut SeededRng::from_seed([9; 32])).public();
+    let give = |key, allowed_ips| PeerConfig { key, allowed_ips, standing: Standing::Ordinary };
+    pair.a.plane.set_peer(&give(other, vec![net(B)]));
+    pair.a.plane.set_peer(&give(pair.b.key, vec![]));
+    assert!(pair.a.plane.remove_peer(&other), "and goes with it");
+    assert!(pair.a.host.send(&packet(A, B, 1, 0)));
+    pair.run_until(|pair| pair.a.plane.drops() == BTreeMap::from([(DropReason::NoPeer, 1)]));
+    pair.a.plane.set_peer(&give(pair.b.key, vec![net(B)]));
+    assert!(pair.a.host.send(&packet(A, B, 1, 1)), "the session has stayed");
+    pair.run_until(|pair| pair.b.count() == 1);
+    assert_eq!(sequences(&pair.b.received, 1), [1]);
+}
+
+#[test]
+fn a_socket_can_be_replaced_while_traffic_flows() {
+    let mut pair = Pair::connected();
+    let fresh = UdpBatch::bind(&udp::Config::bound_to(([127, 0, 0, 1], 0).into())).unwrap();
+    pair.a.plane.add_socket(SocketId(0), Arc::clone(&fresh)).unwrap();
+    pair.b.plane.set_path(&pair.a.key, Some(Path::Direct { socket: SocketId(0), remote: fresh.local_addr() }));
+    assert!(pair.a.host.send(&packet(A, B, 1, 0)));
+    assert!(pair.b.host.send(&packet(B, A, 1, 0)));
+    pair.run_until(|pair| pair.a.count() == 1 && pair.b.count() == 1);
+    pair.a.plane.remove_socket(SocketId(0));
+    assert!(pair.a.host.send(&packet(A, B, 1, 1)));
+    pair.run_until(|pair| pair.a.plane.drops() == BTreeMap::from([(DropReason::NoSocket, 1)]));
+}
+
+#[test]
 fn garbage_is_dropped_and_disco_is_handed_over() {
     let mut pair = Pair::connected();
     let to = pair.b.socket.local_addr();

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -10,6 +11,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 #[derive(Debug)]
 pub(super) struct Closer {
     event: OwnedFd,
+    /// Says the same to those who do not wait.
+    closed: AtomicBool,
 }
 
 /// What ended a wait.
@@ -25,31 +28,31 @@ pub(super) enum Woken {
 
 impl Closer {
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
+        Ok(Self { event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?, closed: AtomicBool::new(false) })
     }
 
     /// Wakes everyone who waits. The counter is never read back, so the descriptor stays ready.
     pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
         // Fails only when the counter is about to overflow, and then the descriptor is ready already.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        matches!(self.wait(None, PollFlags::empty(), Duration::ZERO), Ok(Woken::Closed))
+        self.closed.load(Ordering::Acquire)
     }
 
     pub(super) fn readable(&self, fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<Woken> {
-        self.wait(Some(fd), PollFlags::IN, timeout)
+        self.wait(fd, PollFlags::IN, timeout)
     }
 
     pub(super) fn writable(&self, fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<Woken> {
-        self.wait(Some(fd), PollFlags::OUT, timeout)
+        self.wait(fd, PollFlags::OUT, timeout)
     }
 
-    fn wait(&self, fd: Option<BorrowedFd<'_>>, interest: PollFlags, timeout: Duration) -> io::Result<Woken> {
+    fn wait(&self, fd: BorrowedFd<'_>, interest: PollFlags, timeout: Duration) -> io::Result<Woken> {
         let event = self.event.as_fd();
-        let mut fds =
-            [PollFd::from_borrowed_fd(event, PollFlags::IN), PollFd::from_borrowed_fd(fd.unwrap_or(event), interest)];
+        let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN), PollFd::from_borrowed_fd(fd, interest)];
         // A timeout beyond what the system can express is as good as none.
         let timeout = Timespec::try_from(timeout).ok();
         match poll(&mut fds, timeout.as_ref()) {
