@@ -26,13 +26,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use mesh_derp::driver::listener::Incoming;
 use mesh_derp::driver::server::RelayServer;
 use mesh_derp::map::DerpMap;
 use mesh_noise::key::{MachinePrivate, MachinePublic, NodePublic};
 use tokio::sync::{Notify, oneshot, watch};
 
 use crate::server::mapper::{Changelog, Notice, Settings, View};
-use crate::server::presence::Presence;
+use crate::server::presence::{GRACE, Presence};
 use crate::server::state::{Context, Decision, Refusal, Rules, State};
 use crate::server::store::{Batch, SqliteStore, Store, StoreError};
 use crate::server::{Actor, Event, Moment, TailnetId};
@@ -57,9 +58,11 @@ pub struct Config {
     pub derp_map: DerpMap,
     /// Lifetimes and limits.
     pub rules: Rules,
-    /// Idle time before a keep-alive, to which up to nine seconds are added at random. Default 50 s, as clients give up
-    /// after 120 s.
+    /// Idle time before a keep-alive, to which up to a fifth is added at random. Default 50 s, as clients give up after
+    /// 120 s.
     pub keep_alive: Duration,
+    /// How long after its last map poll a node still counts as online. Default 10 s.
+    pub offline_grace: Duration,
     /// How long a request that waits for approval is held before it is answered "not yet". Default 5 minutes.
     pub followup_hold: Duration,
 }
@@ -77,6 +80,7 @@ impl Config {
             derp_map: DerpMap::default(),
             rules: Rules::default(),
             keep_alive: Duration::from_secs(50),
+            offline_grace: GRACE,
             followup_hold: Duration::from_secs(5 * 60),
         }
     }
@@ -179,7 +183,7 @@ impl Coordinator {
             core: Mutex::new(Core {
                 visible: state.clone(),
                 ahead: state,
-                presence: Presence::default(),
+                presence: Presence::new(config.offline_grace),
                 log: Changelog::new(CHANGELOG),
                 settings: Settings { domain: config.domain, derp_map: config.derp_map },
                 expiries_seen: started,
@@ -196,6 +200,13 @@ impl Coordinator {
             .map_err(|error| StartError::Io { path: coordinator.admin_socket.clone(), error })?;
         tokio::spawn(keep_time(Arc::downgrade(&coordinator)));
         Ok(coordinator)
+    }
+
+    /// Serves one connection until it ends. Requests for a relay are somebody else's: ask
+    /// [`RelayServer::handles`](mesh_derp::driver::server::RelayServer::handles) first.
+    pub async fn serve(self: Arc<Self>, incoming: Incoming) {
+        let from = incoming.peer_addr;
+        self.serve_stream(incoming.into_replay(), from).await;
     }
 
     /// The URL that clients use.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::record::NodeId;
 
-/// How long after its last map poll a node still counts as online.
+/// How long after its last map poll a node still counts as online, unless told otherwise.
 pub const GRACE: Duration = Duration::from_secs(10);
 
 /// Names one map poll of one node.
@@ -32,14 +32,28 @@ enum Status {
 }
 
 /// The presence of a tailnet's nodes. A core without I/O.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Presence {
+    grace: Duration,
     last: u64,
     online: BTreeMap<NodeId, Status>,
     offline_since: BTreeMap<NodeId, Instant>,
 }
 
+impl Default for Presence {
+    /// With a grace of [`GRACE`].
+    fn default() -> Self {
+        Self::new(GRACE)
+    }
+}
+
 impl Presence {
+    /// Nobody is online yet.
+    #[must_use]
+    pub fn new(grace: Duration) -> Self {
+        Self { grace, last: 0, online: BTreeMap::new(), offline_since: BTreeMap::new() }
+    }
+
     /// Whether a node counts as online.
     #[must_use]
     pub fn is_online(&self, node: NodeId) -> bool {
@@ -70,7 +84,7 @@ impl Presence {
     /// A poll has ended. If no newer one replaced it, the node goes offline unless it returns in time.
     pub fn close(&mut self, now: Instant, node: NodeId, poll: PollId) {
         if self.is_current(node, poll) {
-            self.online.insert(node, Status::Leaving(now + GRACE));
+            self.online.insert(node, Status::Leaving(now + self.grace));
         }
     }
 

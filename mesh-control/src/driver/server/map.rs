@@ -4,7 +4,6 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
@@ -132,7 +131,7 @@ async fn run(polling: Polling, mut stream: MapStream, packer: Packer, frames: mp
         if ends {
             return;
         }
-        let jitter = Duration::from_millis(u64::from(SystemRng.next_u32() % 9_000));
+        let jitter = coordinator.keep_alive.mul_f64(f64::from(SystemRng.next_u32() % 1000) / 5000.0);
         tokio::select! {
             changed = news.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(coordinator.keep_alive + jitter) => {
