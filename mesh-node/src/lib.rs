@@ -15,6 +15,7 @@ pub mod prefs;
 pub mod proxy;
 pub mod state;
 pub mod status;
+pub mod wireguard;
 
 mod driver;
 

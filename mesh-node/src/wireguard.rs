@@ -1,0 +1,60 @@
+//! A plain WireGuard tunnel: one interface, configured from outside, without a mesh around it.
+//!
+//! The same WireGuard core and the same data plane as a node's, driven by the standard configuration protocol instead
+//! of a coordinator. This is what `mesh-wireguard` runs:
+//!
+//! ```text
+//!  wg, wg-quick ──► ControlSocket ──► Tunnel ──► Dataplane ──► threads
+//!   (set=1, get=1)                     │  ▲
+//!                                      ▼  │ notices
+//!                               wireguard::Interface
+//! ```
+//!
+//! [`Tunnel`] decides as little as a driver should: it keeps what was set ([`uapi`](mesh_noise::wireguard::uapi)), moves
+//! a peer to where it was last heard, and carries events from the WireGuard core to the data plane.
+
+mod control;
+mod tunnel;
+
+pub use control::ControlSocket;
+pub use tunnel::{Options, Tunnel};
+
+use mesh_tun::Error as TunError;
+
+/// Why a tunnel could not start, or why it ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A device or a socket could not be made.
+    #[error(transparent)]
+    Tun(#[from] TunError),
+    /// The system refused something else.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was attempted, as a phrase after "cannot".
+        what: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// Another process answers on the control socket.
+    #[error("interface {name} is in use: another process answers on {path}")]
+    InUse {
+        /// The interface.
+        name: String,
+        /// The control socket.
+        path: String,
+    },
+    /// The device or a socket failed while running; the interface may have been deleted.
+    #[error("the tunnel ended: {what}")]
+    Ended {
+        /// Which one and why.
+        what: String,
+    },
+}
+
+impl Error {
+    fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::System { what, source }
+    }
+}
