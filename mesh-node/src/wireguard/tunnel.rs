@@ -22,8 +22,8 @@ use zeroize::Zeroizing;
 
 use super::Error;
 use super::control::{Command, ControlSocket};
-use crate::driver::Clock;
 use crate::dataplane::{self, Dataplane, NoRelay, Notice, Notices};
+use crate::driver::Clock;
 
 /// How often the loop looks at what nobody tells it: the interface's MTU, the control socket's file.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
@@ -76,19 +76,15 @@ impl Tunnel {
         let mut rng = SeededRng::from_seed(options.seed);
         // Until a key is set the interface has one that nobody knows, and no peers.
         let nobody = NodePrivate::generate(&mut rng);
-        let interface = Interface::new(clock.epoch(), clock.wall(clock.epoch()), &nobody, rng.array()).with_timing(options.timing);
-        // As the interface counts: from 1, so that 0 is never.
-        let milliseconds = move || {
-            let elapsed = clock.now().saturating_duration_since(clock.epoch()).as_millis();
-            u64::try_from(elapsed).unwrap_or(u64::MAX - 1) + 1
-        };
+        let interface =
+            Interface::new(clock.epoch(), clock.wall(clock.epoch()), &nobody, rng.array()).with_timing(options.timing);
         let sockets = bind(0, 0)?;
         let (plane, notices) = Dataplane::start(dataplane::Config {
             device: Arc::clone(&device) as Arc<dyn Device>,
             sockets: sockets.iter().map(|(id, socket)| (*id, Arc::clone(socket))).collect(),
             relay: Arc::new(NoRelay),
             flow_seed: rng.array(),
-            clock: Arc::new(milliseconds),
+            clock: Arc::new(move || clock.activity_ms()),
         })
         .map_err(Error::system("start the data plane"))?;
         plane.set_filter(Filter::open(plane.flows()));
