@@ -111,7 +111,7 @@ impl Server {
             head.push(stream.read_u8().await.unwrap());
         }
         assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
-        let stream = NoiseStream::connect(stream, channel).await.unwrap();
+        let stream = NoiseStream::connect(stream, channel, &[]).await.unwrap();
         let (sender, connection) =
             hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);

@@ -54,10 +54,9 @@ impl World {
     }
 
     fn join(&mut self, machine: u8, node_key: u8, auth_key: &str) -> NodeId {
-        match self.register(&request(machine, node_key, Some(auth_key))).unwrap() {
-            Registered::Accepted(id) => id,
-            other => panic!("not accepted: {other:?}"),
-        }
+        let outcome = self.register(&request(machine, node_key, Some(auth_key))).unwrap();
+        let Registered::Accepted(id) = outcome else { panic!("not accepted: {outcome:?}") };
+        id
     }
 
     fn node(&self, id: NodeId) -> &Node {
