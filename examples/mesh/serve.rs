@@ -1,0 +1,123 @@
+//! The commands that run until they are asked to end: coordinator, relay, daemon.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use mesh_derp::map::DerpMap;
+use mesh_node::coordinator::Coordinator;
+use mesh_node::local_api::LocalApi;
+use mesh_node::node::Device;
+use mesh_node::relay::Relay;
+use mesh_node::{Node, coordinator, relay};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli;
+
+/// The TUN interface of a daemon that was not told otherwise.
+const DEFAULT_TUN: &str = "mesh0";
+
+/// `mesh coordinator`.
+pub(crate) async fn coordinator(options: cli::Coordinator) -> anyhow::Result<()> {
+    let derp_map = options.derp_map.as_deref().map(read_derp_map).transpose()?;
+    let mut config = coordinator::Config::new(options.state_dir, options.listen, options.url);
+    config.stun = options.stun;
+    config.region_id = options.region_id.try_into().context("--region-id")?;
+    config.relay = !options.no_relay;
+    config.derp_map = derp_map.unwrap_or_default();
+    config.certificate = certificate(options.tls);
+    config.insecure_relay_for_tests = options.insecure_relay_for_tests;
+    let running = Coordinator::start(config).await?;
+    ready(&format!("coordinator at {}", running.url()));
+
+    let mut hangup = signal(SignalKind::hangup())?;
+    loop {
+        tokio::select! {
+            () = asked_to_end() => break,
+            _ = hangup.recv() => match options.derp_map.as_deref().map(read_derp_map).transpose() {
+                Ok(map) => running.set_derp_map(map.unwrap_or_default()),
+                Err(error) => tracing::error!("the DERP map stays as it was: {error:#}"),
+            },
+        }
+    }
+    running.shutdown().await;
+    Ok(())
+}
+
+/// `mesh relay`.
+pub(crate) async fn relay(options: cli::Relay) -> anyhow::Result<()> {
+    let mut config = relay::Config::new(options.state_dir, options.listen);
+    config.stun = options.stun;
+    config.region_id = options.region_id.try_into().context("--region-id")?;
+    config.certificate = certificate(options.tls);
+    config.verify_url = options.verify_url;
+    if options.print_node {
+        return print(&serde_json::to_string_pretty(&relay::describe(&config)?)?);
+    }
+    let running = Relay::start(config).await?;
+    ready("relay");
+    asked_to_end().await;
+    running.shutdown().await;
+    Ok(())
+}
+
+/// `mesh daemon`.
+pub(crate) async fn daemon(options: cli::Daemon, socket: PathBuf) -> anyhow::Result<()> {
+    let device = match options.tun.as_deref() {
+        None => Device::Auto(DEFAULT_TUN.to_owned()),
+        Some("userspace") => Device::Userspace,
+        Some(name) => Device::Tun(name.to_owned()),
+    };
+    let mut builder = Node::builder().state_dir(options.state_dir).device(device).port(options.port);
+    if let Some(listen) = options.socks5 {
+        builder = builder.socks5(listen);
+    }
+    if let Some(listen) = options.http_proxy {
+        builder = builder.http_proxy(listen);
+    }
+    if let Some(file) = options.ca_file {
+        builder = builder.ca_file(file);
+    }
+    for endpoint in options.static_endpoint {
+        builder = builder.static_endpoint(endpoint);
+    }
+    let node = builder.start().await?;
+    let api = LocalApi::start(socket, node.clone()).await?;
+    ready(&format!("daemon at {}", api.path().display()));
+    asked_to_end().await;
+    drop(api);
+    node.shutdown().await;
+    Ok(())
+}
+
+fn certificate(tls: cli::Tls) -> Option<(PathBuf, PathBuf)> {
+    tls.tls_cert.zip(tls.tls_key)
+}
+
+/// Reads a DERP map in the form that control servers send.
+pub(crate) fn read_derp_map(file: &Path) -> anyhow::Result<DerpMap> {
+    let bytes = std::fs::read(file).with_context(|| format!("cannot read the DERP map {}", file.display()))?;
+    mesh_derp::json::from_slice(&bytes).with_context(|| format!("{} is not a DERP map", file.display()))
+}
+
+/// Says that connections are accepted now. Scripts wait for this line.
+fn ready(what: &str) {
+    drop(print(&format!("ready: {what}")));
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{text}")?;
+    Ok(out.flush()?)
+}
+
+/// Waits for an interrupt or a request to terminate.
+async fn asked_to_end() {
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}

@@ -1,0 +1,136 @@
+//! What each fuzz target does with its bytes. The targets are one line each, so that the same functions replay the
+//! committed corpus in every test run, without a fuzzer.
+//!
+//! `cargo +nightly fuzz run stun` looks for new failures; a failure becomes a named test beside the code before it is
+//! fixed, and its input joins `corpus/`.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use mesh_derp::frame::{Decoder, Frame};
+use mesh_noise::key::{NodePrivate, RelayPrivate};
+use mesh_noise::wireguard::{Interface, PeerConfig, message};
+use mesh_tun::filter::{Filter, Flows, Standing};
+use mesh_tun::packet::Packet;
+
+/// WireGuard messages: the classifier, and an interface that takes whatever comes.
+pub fn wireguard(bytes: &[u8]) {
+    let _ = message::kind(bytes);
+    let now = epoch();
+    let private = NodePrivate::from_bytes([1; 32]);
+    let peer = NodePrivate::from_bytes([2; 32]).public();
+    let mut interface = Interface::<u8>::new(now, SystemTime::UNIX_EPOCH, private, [3; 32]);
+    interface.set_peer(now, peer, PeerConfig::default());
+    let _ = interface.handle_datagram(now, &0, Some(([192, 0, 2, 1], 1).into()), bytes);
+    while interface.poll_transmit().is_some() {}
+    while interface.poll_event().is_some() {}
+}
+
+/// STUN requests and responses.
+pub fn stun(bytes: &[u8]) {
+    use mesh_nat::stun::{Request, Response, request};
+    let _ = mesh_nat::classify::classify(bytes);
+    let _ = Response::decode(bytes);
+    if let Ok(decoded) = Request::decode(bytes) {
+        let again = request(decoded.transaction);
+        assert!(Request::decode(&again).is_ok(), "our own request is refused");
+    }
+}
+
+/// Disco messages after their box has been opened: what decodes encodes to something that decodes alike.
+pub fn disco(bytes: &[u8]) {
+    use mesh_nat::disco::Message;
+    let _ = mesh_nat::disco::sender(bytes);
+    if let Ok(message) = Message::decode(bytes) {
+        let mut again = Vec::new();
+        message.encode(&mut again);
+        assert_eq!(Message::decode(&again).as_ref(), Ok(&message));
+    }
+}
+
+/// Relay frames in one piece and in two, and the boxes of the login.
+pub fn derp_frame(bytes: &[u8]) {
+    let whole = frames(&[bytes]);
+    let (front, back) = bytes.split_at(bytes.len() / 2);
+    assert_eq!(frames(&[front, back]), whole, "pieces decode differently");
+    let _ = mesh_derp::upgrade::parse_request(bytes);
+    let _ = mesh_derp::upgrade::parse_response(bytes);
+    let relay = RelayPrivate::from_bytes([1; 32]);
+    let shared = relay.box_with_node(&NodePrivate::from_bytes([2; 32]).public());
+    let _ = mesh_derp::login::ClientInfo::open(&shared, bytes);
+}
+
+fn frames(pieces: &[&[u8]]) -> Vec<Frame> {
+    let (mut decoder, mut found) = (Decoder::new(), Vec::new());
+    for piece in pieces {
+        decoder.extend(piece);
+        while let Ok(Some(frame)) = decoder.next_frame() {
+            found.push(frame);
+        }
+    }
+    found
+}
+
+/// JSON bodies of the control protocol, and the Noise records around them.
+pub fn control(bytes: &[u8]) {
+    use mesh_control::wire;
+    let _ = mesh_derp::json::from_slice::<wire::RegisterRequest>(bytes);
+    let _ = mesh_derp::json::from_slice::<wire::RegisterResponse>(bytes);
+    let _ = mesh_derp::json::from_slice::<wire::MapRequest>(bytes);
+    if let Ok(map) = mesh_derp::json::from_slice::<wire::MapResponse>(bytes) {
+        let mut netmap = mesh_control::netmap::Netmap::default();
+        let _ = netmap.apply(map);
+    }
+    let _ = mesh_control::channel::initiation_from_header(bytes);
+}
+
+/// IP packets: views over any bytes.
+pub fn ip_packet(bytes: &[u8]) {
+    let _ = mesh_tun::packet::destination(bytes);
+    let _ = mesh_tun::packet::source(bytes);
+    if let Ok(packet) = Packet::parse(bytes) {
+        let _ = mesh_tun::packet::checksum::transport_is_valid(&packet);
+    }
+}
+
+/// The packet filter: without rules nothing comes in but answers to what went out.
+pub fn filter(bytes: &[u8]) {
+    let filter = Filter::closed(Arc::new(Flows::new([0; 16])));
+    if let Ok(packet) = Packet::parse(bytes) {
+        let before = filter.inbound(&packet, Standing::default(), Duration::ZERO);
+        filter.note_outbound(&packet, Duration::ZERO);
+        let _ = (before, filter.inbound(&packet, Standing::default(), Duration::from_secs(1)));
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "an instant can only come from the clock; the cores never see it move")]
+fn epoch() -> Instant {
+    static EPOCH: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    *EPOCH.get_or_init(Instant::now)
+}
+
+#[cfg(test)]
+mod tests {
+    /// Runs every file of `corpus/TARGET` through the target.
+    fn replay(name: &str, target: fn(&[u8])) {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+        let files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(!files.is_empty(), "{} has no inputs", folder.display());
+        for file in files {
+            target(&std::fs::read(&file).unwrap());
+        }
+    }
+
+    #[test]
+    fn the_corpus_of_every_target_is_survived() {
+        replay("wireguard", super::wireguard);
+        replay("stun", super::stun);
+        replay("disco", super::disco);
+        replay("derp_frame", super::derp_frame);
+        replay("control", super::control);
+        replay("ip_packet", super::ip_packet);
+        replay("filter", super::filter);
+    }
+}
