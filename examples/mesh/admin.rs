@@ -33,8 +33,8 @@ pub(crate) async fn run(options: Admin) -> anyhow::Result<()> {
             let relay = client.relay().await?;
             printer.one(&relay, |relay| {
                 format!(
-                    "{} clients, {} packets ({}) in, {} packets ({}) out",
-                    relay.clients,
+                    "{} nodes, {} packets ({}) in, {} packets ({}) out",
+                    relay.nodes,
                     relay.packets_in,
                     output::bytes(relay.bytes_in),
                     relay.packets_out,

@@ -4,11 +4,9 @@
 //! `cargo +nightly fuzz run stun` looks for new failures; a failure becomes a named test beside the code before it is
 //! fixed, and its input joins `corpus/`.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::Bytes;
 use mesh_derp::frame::{Decoder, Frame};
 use mesh_noise::key::{NodePrivate, RelayPrivate};
 use mesh_noise::wireguard::{Interface, PeerConfig, message};
@@ -21,7 +19,7 @@ pub fn wireguard(bytes: &[u8]) {
     let now = epoch();
     let private = NodePrivate::from_bytes([1; 32]);
     let peer = NodePrivate::from_bytes([2; 32]).public();
-    let mut interface = Interface::<u8>::new(now, SystemTime::UNIX_EPOCH, private, [3; 32]);
+    let mut interface = Interface::<u8>::new(now, SystemTime::UNIX_EPOCH, &private, [3; 32]);
     interface.set_peer(now, peer, PeerConfig::default());
     let _ = interface.handle_datagram(now, &0, Some(([192, 0, 2, 1], 1).into()), bytes);
     while interface.poll_transmit().is_some() {}
@@ -29,20 +27,26 @@ pub fn wireguard(bytes: &[u8]) {
 }
 
 /// STUN requests and responses.
+///
+/// # Panics
+/// When it has found a failure.
 pub fn stun(bytes: &[u8]) {
-    use mesh_nat::stun::{Request, Response, request};
+    use mesh_nat::stun::message::{Request, Response, request};
     let _ = mesh_nat::classify::classify(bytes);
     let _ = Response::decode(bytes);
     if let Ok(decoded) = Request::decode(bytes) {
-        let again = request(decoded.transaction);
+        let again = request(decoded.tx);
         assert!(Request::decode(&again).is_ok(), "our own request is refused");
     }
 }
 
 /// Disco messages after their box has been opened: what decodes encodes to something that decodes alike.
+///
+/// # Panics
+/// When it has found a failure.
 pub fn disco(bytes: &[u8]) {
-    use mesh_nat::disco::Message;
-    let _ = mesh_nat::disco::sender(bytes);
+    use mesh_nat::disco::message::Message;
+    let _ = mesh_nat::disco::seal::sender(bytes);
     if let Ok(message) = Message::decode(bytes) {
         let mut again = Vec::new();
         message.encode(&mut again);
@@ -51,6 +55,9 @@ pub fn disco(bytes: &[u8]) {
 }
 
 /// Relay frames in one piece and in two, and the boxes of the login.
+///
+/// # Panics
+/// When it has found a failure.
 pub fn derp_frame(bytes: &[u8]) {
     let whole = frames(&[bytes]);
     let (front, back) = bytes.split_at(bytes.len() / 2);
