@@ -1,18 +1,24 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "server")]
+pub mod coordinator;
 pub mod dataplane;
 pub mod directory;
 pub mod dns;
 pub mod engine;
 pub mod error;
 pub mod forward;
+#[cfg(feature = "server")]
+mod listen;
 pub mod local_api;
 pub mod netcheck;
 pub mod netstack;
 pub mod node;
 pub mod prefs;
 pub mod proxy;
+#[cfg(feature = "server")]
+pub mod relay;
 pub mod state;
 pub mod status;
 pub mod wireguard;
@@ -20,6 +26,8 @@ pub mod wireguard;
 mod driver;
 
 pub use error::Error;
+#[cfg(feature = "server")]
+pub use listen::CertificateFiles;
 pub use node::{Builder, Device, Node, UpOptions};
 pub use prefs::PathMode;
 pub use status::{NodeState, Status};

@@ -1,0 +1,251 @@
+//! A whole control plane in one process: coordination server, relay and STUN responder behind one set of listeners.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+
+use mesh_control::driver::server as control;
+use mesh_derp::driver::listener::{Acceptor, Incoming};
+use mesh_derp::driver::server::{self as relay, Admission, Applicant, RelayServer};
+use mesh_derp::map::{DerpMap, DerpNode, DerpRegion, RegionId};
+use tokio::task::JoinSet;
+use tokio_util::task::TaskTracker;
+
+use crate::error::Error;
+use crate::listen::{self, CertificateFiles, Place};
+
+/// The embedded relay's region when none is named.
+pub const DEFAULT_REGION: RegionId = match RegionId::new(900) {
+    Some(region) => region,
+    None => panic!("900 is not zero"),
+};
+
+/// How to run a coordinator. [`Config::new`] gives the defaults.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Config {
+    /// Where database, keys and certificate live. Created if missing.
+    pub state_dir: PathBuf,
+    /// Addresses to accept on; each answers TLS and plain HTTP.
+    pub listen: Vec<SocketAddr>,
+    /// The URL that nodes use. Its host and port are also the embedded relay's.
+    pub url: String,
+    /// Addresses of the STUN responder. Default none. A further port is published as a STUN-only node.
+    pub stun: Vec<SocketAddr>,
+    /// The embedded relay's region. Default [`DEFAULT_REGION`].
+    pub region_id: RegionId,
+    /// Whether to run the embedded relay. Default yes.
+    pub relay: bool,
+    /// Further relays. Default none.
+    pub derp_map: DerpMap,
+    /// The certificate. Default: one that is made and kept in the state directory, pinned in the DERP map.
+    pub certificate: Option<CertificateFiles>,
+    /// Publish the relay a second time without certificate check, for test clients that cannot pin. Default no.
+    pub insecure_relay_for_tests: bool,
+}
+
+impl Config {
+    /// A coordinator on `state_dir` that accepts on `listen` and is known as `url`.
+    #[must_use]
+    pub fn new(state_dir: impl Into<PathBuf>, listen: Vec<SocketAddr>, url: impl Into<String>) -> Self {
+        Self {
+            state_dir: state_dir.into(),
+            listen,
+            url: url.into(),
+            stun: Vec::new(),
+            region_id: DEFAULT_REGION,
+            relay: true,
+            derp_map: DerpMap::default(),
+            certificate: None,
+            insecure_relay_for_tests: false,
+        }
+    }
+}
+
+/// A running control plane. Ends with [`shutdown`](Self::shutdown), or when dropped.
+#[derive(Debug)]
+pub struct Coordinator {
+    control: Arc<control::Coordinator>,
+    relay: Option<Arc<RelayServer>>,
+    own_region: Option<DerpRegion>,
+    accepting: JoinSet<()>,
+    connections: TaskTracker,
+}
+
+impl Coordinator {
+    /// Starts everything; returns when connections are accepted.
+    ///
+    /// # Errors
+    /// One line that says what to do: an address in use, a state directory in use or damaged, a bad certificate.
+    pub async fn start(config: Config) -> Result<Self, Error> {
+        listen::state_dir(&config.state_dir)?;
+        let (host, port) = host_and_port(&config.url)?;
+        let (tls, pin) =
+            listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen).map_err(tls)?;
+
+        let place = Place { region: config.region_id, host, port, listen: &config.listen, stun: &config.stun };
+        let own_region = config.relay.then(|| own_region(&place, pin, config.insecure_relay_for_tests));
+        let mut wanted = control::Config::new(&config.state_dir, &config.url);
+        wanted.derp_map = with_own(config.derp_map, own_region.as_ref());
+        let control = control::Coordinator::start(wanted).map_err(|error| Error::Setting(error.to_string()))?;
+
+        let relay = if config.relay {
+            let key = relay::load_or_generate_key(&config.state_dir)
+                .map_err(|source| Error::System { what: "the relay's key", source })?;
+            let admission = Arc::new(Members(Arc::downgrade(&control)));
+            let server = RelayServer::new(key, relay::Config { admission, ..relay::Config::default() });
+            control.embed_relay(Arc::clone(&server));
+            Some(server)
+        } else {
+            None
+        };
+
+        let tls = tls.config(relay.as_deref().map(RelayServer::public)).map_err(self::tls)?;
+        let acceptor = Acceptor::bind(&config.listen, Some(tls))
+            .await
+            .map_err(|source| listen::listen_error("HTTP and TLS", &config.listen, source))?;
+        let mut accepting = JoinSet::new();
+        listen::stun(&config.stun, &mut accepting).await?;
+        let connections = TaskTracker::new();
+        accepting.spawn(accept(acceptor, Arc::clone(&control), relay.clone(), connections.clone()));
+        Ok(Self { control, relay, own_region, accepting, connections })
+    }
+
+    /// The URL that nodes use.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        self.control.url()
+    }
+
+    /// The coordination server itself.
+    #[must_use]
+    pub fn control(&self) -> &Arc<control::Coordinator> {
+        &self.control
+    }
+
+    /// The embedded relay, if there is one.
+    #[must_use]
+    pub fn relay(&self) -> Option<&Arc<RelayServer>> {
+        self.relay.as_ref()
+    }
+
+    /// Replaces the further relays and tells every connected node; the embedded one stays.
+    pub fn set_derp_map(&self, further: DerpMap) {
+        self.control.set_derp_map(with_own(further, self.own_region.as_ref()));
+    }
+
+    /// Ends all connections and releases addresses and state directory.
+    pub async fn shutdown(mut self) {
+        self.accepting.shutdown().await;
+        if let Some(relay) = self.relay.take() {
+            relay.close_all();
+        }
+        self.control.shutdown();
+        self.connections.close();
+        if tokio::time::timeout(std::time::Duration::from_secs(5), self.connections.wait()).await.is_err() {
+            tracing::warn!("connections are still open after five seconds");
+        }
+        self.control.stop().await;
+    }
+}
+
+async fn accept(
+    mut acceptor: Acceptor,
+    control: Arc<control::Coordinator>,
+    relay: Option<Arc<RelayServer>>,
+    connections: TaskTracker,
+) {
+    loop {
+        let incoming = acceptor.next().await;
+        let (control, relay) = (Arc::clone(&control), relay.clone());
+        connections.spawn(serve(incoming, control, relay));
+    }
+}
+
+async fn serve(incoming: Incoming, control: Arc<control::Coordinator>, relay: Option<Arc<RelayServer>>) {
+    match relay {
+        Some(relay) if RelayServer::handles(&incoming.head) => {
+            relay.serve(incoming.stream, incoming.head, incoming.peer_addr).await;
+        }
+        _ => {
+            let from = incoming.peer_addr;
+            control.serve_stream(incoming.into_replay(), from).await;
+        }
+    }
+}
+
+/// The coordinator's nodes may use its relay, and nobody else.
+#[derive(Debug)]
+struct Members(Weak<control::Coordinator>);
+
+impl Admission for Members {
+    fn admit(&self, applicant: Applicant) -> Pin<Box<dyn Future<Output = bool> + Send + '_>> {
+        let admitted = self.0.upgrade().is_some_and(|control| control.admits(&applicant.node));
+        Box::pin(std::future::ready(admitted))
+    }
+}
+
+fn own_region(place: &Place<'_>, pin: Option<String>, insecure_for_tests: bool) -> DerpRegion {
+    let mut region = DerpRegion::new(place.region, "own", "This coordinator");
+    region.nodes = place.nodes(pin);
+    if insecure_for_tests {
+        let relay = &region.nodes[0];
+        let unchecked = DerpNode {
+            name: format!("{}-insecure", place.region),
+            cert_name: String::new(),
+            insecure_for_tests: true,
+            ..relay.clone()
+        };
+        region.nodes.push(unchecked);
+    }
+    region
+}
+
+fn with_own(mut map: DerpMap, own: Option<&DerpRegion>) -> DerpMap {
+    if let Some(own) = own {
+        map.regions.insert(own.id, own.clone());
+    }
+    map
+}
+
+/// Host and port of an `http://` or `https://` URL.
+fn host_and_port(url: &str) -> Result<(String, u16), Error> {
+    let wrong = |why: &str| Error::Setting(format!("--url {url:?}: {why}; expected http://HOST:PORT or https://HOST"));
+    let parsed: hyper::Uri = url.parse().map_err(|_| wrong("not a URL"))?;
+    let default = match parsed.scheme_str() {
+        Some("http") => 80,
+        Some("https") => 443,
+        _ => return Err(wrong("neither http nor https")),
+    };
+    let host = parsed.host().filter(|host| !host.is_empty()).ok_or_else(|| wrong("no host"))?;
+    Ok((host.trim_matches(['[', ']']).to_owned(), parsed.port_u16().unwrap_or(default)))
+}
+
+fn tls(error: mesh_derp::tls::TlsError) -> Error {
+    Error::Tls(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_has_a_host_and_a_port() {
+        assert_eq!(host_and_port("http://203.0.113.2:8080").unwrap(), ("203.0.113.2".to_owned(), 8080));
+        assert_eq!(host_and_port("https://mesh.example.org").unwrap(), ("mesh.example.org".to_owned(), 443));
+        assert_eq!(host_and_port("http://[2001:db8::1]").unwrap(), ("2001:db8::1".to_owned(), 80));
+        for bad in ["", "mesh.example.org", "ftp://x", "http://"] {
+            assert!(host_and_port(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_reloaded_map_cannot_displace_the_embedded_relay() {
+        let own = DerpRegion::new(DEFAULT_REGION, "own", "Own");
+        let mut further = DerpMap::default();
+        further.regions.insert(DEFAULT_REGION, DerpRegion::new(DEFAULT_REGION, "other", "Other"));
+        let map = with_own(further, Some(&own));
+        assert_eq!(map.regions[&DEFAULT_REGION].code, "own");
+    }
+}

@@ -1,0 +1,149 @@
+//! What a coordinator and a relay on its own have in common: listeners, certificate, STUN, and how the relay is
+//! described in a DERP map.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use mesh_derp::map::{DerpNode, RegionId};
+use mesh_derp::tls::{ServerTls, TlsError};
+use mesh_nat::driver::StunServer;
+use tokio::task::JoinSet;
+
+use crate::error::Error;
+
+/// A certificate chain and its private key, both PEM files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertificateFiles {
+    /// The chain, leaf first.
+    pub certificates: PathBuf,
+    /// The leaf's private key.
+    pub key: PathBuf,
+}
+
+/// Where a relay can be reached, as its DERP map node says.
+#[derive(Debug, Clone)]
+pub(crate) struct Place<'a> {
+    /// The region it belongs to.
+    pub(crate) region: RegionId,
+    /// Its name or address.
+    pub(crate) host: String,
+    /// The TCP port for TLS and plain HTTP alike.
+    pub(crate) port: u16,
+    /// The addresses listened on.
+    pub(crate) listen: &'a [SocketAddr],
+    /// The addresses of the STUN responder.
+    pub(crate) stun: &'a [SocketAddr],
+}
+
+impl Place<'_> {
+    /// The nodes of the region: the relay, and a STUN-only node for each further STUN port.
+    ///
+    /// A certificate that we made ourselves is pinned; one that was given is verified as usual.
+    pub(crate) fn nodes(&self, pin: Option<String>) -> Vec<DerpNode> {
+        let region = self.region;
+        let mut ports = BTreeSet::new();
+        let stun_ports: Vec<u16> = self.stun.iter().map(SocketAddr::port).filter(|port| ports.insert(*port)).collect();
+        let mut relay = DerpNode::new(region.to_string(), region, self.host.clone());
+        let (ipv4, ipv6) = self.addresses();
+        relay.ipv4 = ipv4.unwrap_or_default();
+        relay.ipv6 = ipv6.unwrap_or_default();
+        relay.derp_port = self.port;
+        relay.cert_name = pin.unwrap_or_default();
+        relay.stun_port = stun_ports.first().map_or(-1, |port| i32::from(*port));
+        let further = stun_ports.iter().skip(1).map(|port| DerpNode {
+            name: format!("{region}-stun-{port}"),
+            stun_port: i32::from(*port),
+            stun_only: true,
+            cert_name: String::new(),
+            ..relay.clone()
+        });
+        std::iter::once(relay.clone()).chain(further).collect()
+    }
+
+    /// The addresses to publish: those listened on, and the host's own if it is one. A wildcard says nothing.
+    fn addresses(&self) -> (Option<String>, Option<String>) {
+        let host = self.host.trim_matches(['[', ']']).parse::<IpAddr>().ok();
+        let all: Vec<IpAddr> =
+            host.into_iter().chain(self.listen.iter().map(SocketAddr::ip)).filter(|ip| !ip.is_unspecified()).collect();
+        let first = |wanted: fn(&IpAddr) -> bool| all.iter().copied().find(wanted).map(|ip| ip.to_string());
+        (first(IpAddr::is_ipv4), first(IpAddr::is_ipv6))
+    }
+}
+
+/// Takes the given certificate, or the one kept in the state directory, or makes one. With it its pin, if it is ours.
+pub(crate) fn certificate(
+    files: Option<&CertificateFiles>,
+    state_dir: &Path,
+    host: &str,
+    listen: &[SocketAddr],
+) -> Result<(ServerTls, Option<String>), TlsError> {
+    if let Some(files) = files {
+        return Ok((ServerTls::from_pem_files(&files.certificates, &files.key)?, None));
+    }
+    let mut names = vec![host.trim_matches(['[', ']']).to_owned()];
+    for address in listen.iter().map(SocketAddr::ip).filter(|ip| !ip.is_unspecified()) {
+        if !names.contains(&address.to_string()) {
+            names.push(address.to_string());
+        }
+    }
+    let tls = ServerTls::load_or_generate(state_dir, &names)?;
+    let pin = tls.pin();
+    Ok((tls, Some(pin)))
+}
+
+/// Starts a STUN responder on each address.
+pub(crate) async fn stun(addresses: &[SocketAddr], tasks: &mut JoinSet<()>) -> Result<(), Error> {
+    for address in addresses {
+        let server = StunServer::bind(*address).await.map_err(|source| listen_error("STUN", &[*address], source))?;
+        tasks.spawn(async move { match server.run().await {} });
+    }
+    Ok(())
+}
+
+/// Makes sure that the state directory exists and is its owner's alone.
+pub(crate) fn state_dir(path: &Path) -> Result<(), Error> {
+    use std::os::unix::fs::DirBuilderExt;
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| Error::Setting(format!("cannot use the state directory {}: {error}", path.display())))
+}
+
+/// Says which address could not be had.
+pub(crate) fn listen_error(what: &str, addresses: &[SocketAddr], source: io::Error) -> Error {
+    let all: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    Error::Listen { what: format!("{} ({what})", all.join(", ")), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place<'a>(listen: &'a [SocketAddr], stun: &'a [SocketAddr]) -> Place<'a> {
+        Place { region: RegionId::new(900).unwrap(), host: "203.0.113.2".to_owned(), port: 8080, listen, stun }
+    }
+
+    #[test]
+    fn a_further_stun_port_becomes_a_stun_only_node() {
+        let listen = ["203.0.113.2:8080".parse().unwrap(), "[2001:db8::2]:8080".parse().unwrap()];
+        let stun = [
+            "203.0.113.2:3478".parse().unwrap(),
+            "[2001:db8::2]:3478".parse().unwrap(),
+            "203.0.113.2:3479".parse().unwrap(),
+        ];
+        let nodes = place(&listen, &stun).nodes(Some("sha256-raw:00".to_owned()));
+        assert_eq!(nodes.len(), 2);
+        assert_eq!((nodes[0].stun_port, nodes[0].stun_only, nodes[0].derp_port), (3478, false, 8080));
+        assert_eq!((nodes[0].ipv4.as_str(), nodes[0].ipv6.as_str()), ("203.0.113.2", "2001:db8::2"));
+        assert_eq!((nodes[1].stun_port, nodes[1].stun_only), (3479, true));
+        assert_eq!(nodes[1].cert_name, "");
+    }
+
+    #[test]
+    fn without_stun_the_port_says_so_and_a_wildcard_is_not_published() {
+        let nodes = place(&["[::]:8080".parse().unwrap()], &[]).nodes(None);
+        assert_eq!(nodes.len(), 1);
+        assert_eq!(nodes[0].stun_port, -1);
+        assert_eq!((nodes[0].ipv4.as_str(), nodes[0].ipv6.as_str()), ("203.0.113.2", ""));
+    }
+}
