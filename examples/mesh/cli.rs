@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_derp::map::RegionId;
+use mesh_node::{coordinator, relay};
 
 /// A private network of your own: node, relay and coordination server in one program.
 #[derive(Debug, Parser)]
@@ -76,8 +78,8 @@ pub(crate) struct Coordinator {
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) stun: Vec<SocketAddr>,
     /// The id of the embedded relay's region.
-    #[arg(long, default_value_t = 900, value_name = "N")]
-    pub(crate) region_id: u16,
+    #[arg(long, default_value_t = coordinator::DEFAULT_REGION, value_name = "N")]
+    pub(crate) region_id: RegionId,
     /// Run without the embedded relay (then --derp-map names others).
     #[arg(long)]
     pub(crate) no_relay: bool,
@@ -113,8 +115,8 @@ pub(crate) struct Relay {
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) stun: Vec<SocketAddr>,
     /// The id of this relay's region.
-    #[arg(long, default_value_t = 901, value_name = "N")]
-    pub(crate) region_id: u16,
+    #[arg(long, default_value_t = relay::DEFAULT_REGION, value_name = "N")]
+    pub(crate) region_id: RegionId,
     #[command(flatten)]
     pub(crate) tls: Tls,
     /// Print this relay's DERP-map node, pin included, and exit.

@@ -14,7 +14,7 @@ use hyper_util::rt::TokioIo;
 use mesh_control::admin::{Client as Operator, CreateKey};
 use mesh_node::coordinator::{self, Coordinator};
 use mesh_node::prefs::PathMode;
-use mesh_node::status::{PathKind, PeerStatus};
+use mesh_node::status::{PathKind, PathStatus, PeerStatus};
 use mesh_node::{Node, local_api::LocalApi};
 use tokio::net::TcpListener;
 
@@ -49,7 +49,11 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
         let addresses: Vec<String> = node.addresses().iter().map(ToString::to_string).collect();
         println!("node {name}    {}", addresses.join(", "));
     }
-    println!("\nup after {:.1} s; now {name} asks for a page on anna's port {PAGE_PORT}\n", started.elapsed().as_secs_f64(), name = "bert");
+    println!(
+        "\nup after {:.1} s; now {name} asks for a page on anna's port {PAGE_PORT}\n",
+        started.elapsed().as_secs_f64(),
+        name = "bert"
+    );
     serve_page(&anna)?;
 
     let by_relay = leg(&anna, &bert, PathMode::Relay, PathKind::Relay).await.context("by the relay")?;
@@ -59,7 +63,12 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
 
     println!("{}\n", output::status(&bert.status().await?));
     let key = operator
-        .create_key(&CreateKey { user: "bert".to_owned(), reusable: true, expiry_seconds: Some(3600), ..CreateKey::default() })
+        .create_key(&CreateKey {
+            user: "bert".to_owned(),
+            reusable: true,
+            expiry_seconds: Some(3600),
+            ..CreateKey::default()
+        })
         .await?;
     println!("A third node joins like this, while `mesh demo --keep` runs:");
     println!("  mesh daemon --state-dir /tmp/third --socket /tmp/third.sock --tun userspace --socks5 127.0.0.1:1055");
@@ -85,15 +94,15 @@ async fn start_coordinator(state_dir: &Path) -> anyhow::Result<Coordinator> {
     // The port is taken first, so that the URL can name it.
     let port = TcpListener::bind("127.0.0.1:0").await?.local_addr()?.port();
     let listen = SocketAddr::from(([127, 0, 0, 1], port));
-    let config = coordinator::Config {
-        stun: vec![listen],
-        ..coordinator::Config::new(state_dir.to_owned(), vec![listen], format!("http://{listen}"))
-    };
+    let mut config = coordinator::Config::new(state_dir, vec![listen], format!("http://{listen}"));
+    config.stun = vec![listen];
     Coordinator::start(config).await.context("the coordinator did not start")
 }
 
 async fn start_node(operator: &Operator, url: &str, name: &str, dir: &Path) -> anyhow::Result<Node> {
-    let key = operator.create_key(&CreateKey { user: name.to_owned(), expiry_seconds: Some(3600), ..CreateKey::default() }).await?;
+    let key = operator
+        .create_key(&CreateKey { user: name.to_owned(), expiry_seconds: Some(3600), ..CreateKey::default() })
+        .await?;
     let node = Node::builder()
         .control_url(url)
         .auth_key(key.key.context("the coordinator made no key")?)
@@ -177,7 +186,7 @@ async fn wait_for_path(node: &Node, name: &str, kind: PathKind) -> anyhow::Resul
     loop {
         let path = match node.ping(name, None, Duration::from_secs(2)).await {
             Ok(_) => peer(node, name).await?.path,
-            Err(_) => PeerStatus::default().path,
+            Err(_) => PathStatus::default(),
         };
         if path.kind == kind {
             return Ok(());

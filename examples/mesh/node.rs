@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use mesh_derp::tls::ClientTls;
 use mesh_node::local_api::{Client, PingRequest, Pong, SetRequest, UpRequest, UpResponse, Via};
 use mesh_node::netcheck::NetcheckReport;
 use serde_json::json;
@@ -169,7 +170,7 @@ pub(crate) async fn netcheck(socket: PathBuf, options: &cli::Netcheck) -> anyhow
         None => Client::new(socket).netcheck().await.context("without a daemon, give --derp-map FILE")?,
         Some(file) => {
             let map = crate::serve::read_derp_map(file)?;
-            let report = mesh_nat::driver::netcheck_once(&map).await?;
+            let report = mesh_nat::driver::netcheck_once(map, &ClientTls::system()?).await;
             NetcheckReport::from(&report)
         }
     };

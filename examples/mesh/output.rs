@@ -15,8 +15,8 @@ pub(crate) fn state(state: &NodeState) -> String {
         NodeState::Stopped { error: None } => "stopped; `mesh up` starts it".to_owned(),
         NodeState::Stopped { error: Some(error) } => format!("stopped: {error}"),
         NodeState::NeedsLogin { url } => format!("waiting for approval at {url}"),
-        NodeState::Starting { error: None } => "starting".to_owned(),
-        NodeState::Starting { error: Some(error) } => format!("starting; last failure: {error}"),
+        NodeState::Starting { error: None, .. } => "starting".to_owned(),
+        NodeState::Starting { error: Some(error), .. } => format!("starting; last failure: {error}"),
         NodeState::Running => "running".to_owned(),
         other => format!("{other:?}"),
     }
@@ -60,7 +60,7 @@ pub(crate) fn status(status: &Status) -> String {
 /// The table of peers.
 pub(crate) fn peers(peers: &[PeerStatus]) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     table.set_header(["ADDRESS", "NAME", "OWNER", "OS", "PATH", "HANDSHAKE", "RECEIVED", "SENT"]);
     for peer in peers {
         table.add_row([
@@ -107,9 +107,7 @@ pub(crate) fn via(via: &Via) -> String {
 pub(crate) fn netcheck(report: &NetcheckReport) -> String {
     let yes_no = |known: bool| if known { "yes" } else { "no" };
     let mut text = format!("UDP: {}\n", yes_no(report.udp));
-    for (family, works, address) in
-        [("IPv4", report.ipv4, report.global_v4), ("IPv6", report.ipv6, report.global_v6)]
-    {
+    for (family, works, address) in [("IPv4", report.ipv4, report.global_v4), ("IPv6", report.ipv6, report.global_v6)] {
         match address {
             Some(address) => drop(writeln!(text, "{family}: yes, seen as {address}")),
             None => drop(writeln!(text, "{family}: {}", yes_no(works))),

@@ -8,7 +8,7 @@ use mesh_node::coordinator::Coordinator;
 use mesh_node::local_api::LocalApi;
 use mesh_node::node::Device;
 use mesh_node::relay::Relay;
-use mesh_node::{Node, coordinator, relay};
+use mesh_node::{CertificateFiles, Node, coordinator, relay};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli;
@@ -21,7 +21,7 @@ pub(crate) async fn coordinator(options: cli::Coordinator) -> anyhow::Result<()>
     let derp_map = options.derp_map.as_deref().map(read_derp_map).transpose()?;
     let mut config = coordinator::Config::new(options.state_dir, options.listen, options.url);
     config.stun = options.stun;
-    config.region_id = options.region_id.try_into().context("--region-id")?;
+    config.region_id = options.region_id;
     config.relay = !options.no_relay;
     config.derp_map = derp_map.unwrap_or_default();
     config.certificate = certificate(options.tls);
@@ -47,7 +47,7 @@ pub(crate) async fn coordinator(options: cli::Coordinator) -> anyhow::Result<()>
 pub(crate) async fn relay(options: cli::Relay) -> anyhow::Result<()> {
     let mut config = relay::Config::new(options.state_dir, options.listen);
     config.stun = options.stun;
-    config.region_id = options.region_id.try_into().context("--region-id")?;
+    config.region_id = options.region_id;
     config.certificate = certificate(options.tls);
     config.verify_url = options.verify_url;
     if options.print_node {
@@ -89,8 +89,8 @@ pub(crate) async fn daemon(options: cli::Daemon, socket: PathBuf) -> anyhow::Res
     Ok(())
 }
 
-fn certificate(tls: cli::Tls) -> Option<(PathBuf, PathBuf)> {
-    tls.tls_cert.zip(tls.tls_key)
+fn certificate(tls: cli::Tls) -> Option<CertificateFiles> {
+    tls.tls_cert.zip(tls.tls_key).map(|(certificates, key)| CertificateFiles { certificates, key })
 }
 
 /// Reads a DERP map in the form that control servers send.
