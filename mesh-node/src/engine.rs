@@ -353,7 +353,8 @@ impl Engine {
         if former.derp != self.map.derp {
             self.set_regions(now);
         }
-        if former.filter != self.map.filter || former.addresses != self.map.addresses {
+        let rerouted = !former.routes().eq(self.map.routes());
+        if rerouted || former.filter != self.map.filter || former.addresses != self.map.addresses {
             self.commands.push_back(Command::Configure(Arc::clone(&self.map)));
         }
         self.settle(now);
