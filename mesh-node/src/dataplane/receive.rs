@@ -17,7 +17,7 @@ use mesh_tun::linux::udp::UdpBatch;
 use mesh_tun::packet::{self, Packet, Protocol};
 
 use super::sessions::SessionCell;
-use super::{BATCH, DropReason, IDLE, Injected, Notice, Shared};
+use super::{BATCH, DropReason, IDLE, Injected, Notice, Shared, transmit};
 
 /// Longest datagram that a relay hands over: what fits a DERP frame is far above any MTU.
 const RELAYED_SIZE: usize = 2048;
@@ -214,6 +214,10 @@ impl<'a> Opener<'a> {
             cell.peer.note_rx(&last, run, run_bytes);
             let peer = cell.peer.key();
             if cell.is_first_use() {
+                // The answer to this very datagram belongs on this session: the peer may have lost the one before.
+                if cell.session.is_unconfirmed() {
+                    transmit::release(self.shared, &cell.peer, &cell.session);
+                }
                 let receiver_index = cell.session.receiver_index();
                 if !self.shared.notify(Notice::SessionUsed { receiver_index }) {
                     cell.unconfirm();

@@ -299,7 +299,8 @@ impl<P: Clone + Eq + Debug> Interface<P> {
 
     /// A packet waits for this peer: starts a handshake unless there is a session to send on.
     ///
-    /// Calling it again while the handshake is tried prolongs the trying. Unknown peers are ignored.
+    /// Calling it again while the handshake is tried prolongs the trying. If there is a session after all,
+    /// [`Event::SessionReady`] tells it again. Unknown peers are ignored.
     pub fn want_session(&mut self, now: Instant, peer: &NodePublic) {
         if let Some(known) = self.peers.get_mut(peer) {
             known.want_session(&mut self.shared, now);

@@ -137,7 +137,10 @@ impl Peer {
 
     /// A packet waits. Starts a handshake unless there is a session to send on.
     pub(super) fn want_session<P: Clone>(&mut self, shared: &mut Shared<P>, now: Instant) {
-        if self.current.is_some() {
+        if let Some(current) = self.current() {
+            // Whoever asks has no session to send on, so the two views have parted: tell again.
+            let ready = Event::SessionReady { peer: self.public, session: Arc::clone(current) };
+            shared.events.push_back(ready);
             return;
         }
         match &mut self.attempt {
@@ -231,6 +234,7 @@ impl Peer {
         let replaced = self.current.replace(opened);
         let retired = match self.next.take() {
             Some(next) => {
+                next.session.settle();
                 Self::end(shared, replaced);
                 self.previous.replace(next)
             }
@@ -453,6 +457,7 @@ impl Peer {
         self.last_handshake = Some(shared.wall.system_time(now));
         self.gave_up = None;
         if let Some(session) = self.current() {
+            session.settle();
             tracing::debug!(peer = ?self.public, index = session.receiver_index(), "session");
             let ready = Event::SessionReady { peer: self.public, session: Arc::clone(session) };
             shared.events.push_back(ready);

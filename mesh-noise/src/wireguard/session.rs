@@ -55,6 +55,8 @@ pub struct Session {
     next_counter: AtomicU64,
     rekey_after_messages: u64,
     reject_after_messages: u64,
+    /// Not to be sent on yet: the initiator has not shown that it has the keys.
+    unconfirmed: AtomicBool,
     ended: AtomicBool,
     replay: Mutex<Replay>,
     activity: Arc<Activity>,
@@ -90,6 +92,7 @@ impl Session {
             next_counter: AtomicU64::new(0),
             rekey_after_messages: timing.rekey_after_messages,
             reject_after_messages: timing.reject_after_messages,
+            unconfirmed: AtomicBool::new(origin.role == Role::Responder),
             ended: AtomicBool::new(false),
             replay: Mutex::default(),
             activity,
@@ -122,6 +125,21 @@ impl Session {
 
     pub(crate) fn role(&self) -> Role {
         self.role
+    }
+
+    /// Whether this session waits for its first datagram, and will replace the one to send on when that has opened.
+    ///
+    /// A packet path that wants no reply to go astray need not wait for [`Event::SessionReady`](super::Event): when an
+    /// unconfirmed session opens a datagram, it may send on that session at once. A peer that has just restarted knows
+    /// no other.
+    #[must_use]
+    pub fn is_unconfirmed(&self) -> bool {
+        self.unconfirmed.load(Acquire)
+    }
+
+    /// The session has been used, or will never be the one to send on.
+    pub(crate) fn settle(&self) {
+        self.unconfirmed.store(false, Release);
     }
 
     /// Whether the interface has ended this session. It then seals and opens nothing.

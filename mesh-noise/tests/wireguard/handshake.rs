@@ -173,6 +173,34 @@ fn the_same_seeds_give_the_same_bytes() {
 }
 
 #[test]
+fn a_responder_may_send_once_the_initiator_has() {
+    let mut pair = Pair::connected();
+    // A has lost everything and starts anew; B still has the old session.
+    let (now, peer, old) = (pair.now, pair.nodes[A].peer, pair.nodes[B].sending().unwrap().receiver_index());
+    pair.nodes[A].core.remove_peer(&peer);
+    pair.nodes[A].core.set_peer(now, peer, PeerConfig::default());
+    pair.timeout(A);
+    pair.send(A, b"anew");
+    pair.run(secs(6));
+    let session = pair.nodes[B].sending().unwrap();
+    assert_ne!(session.receiver_index(), old);
+    assert!(!session.is_unconfirmed());
+    pair.send(B, b"news");
+    pair.run(secs(1));
+    assert_eq!(pair.nodes[A].received, [b"news"]);
+}
+
+#[test]
+fn asking_for_a_session_that_exists_tells_it_again() {
+    let mut pair = Pair::connected();
+    let (now, peer, handshakes) = (pair.now, pair.nodes[A].peer, pair.nodes[A].handshakes);
+    pair.nodes[A].core.want_session(now, &peer);
+    pair.timeout(A);
+    assert_eq!(pair.nodes[A].handshakes, handshakes + 1);
+    assert!(pair.log.is_empty(), "nothing is sent");
+}
+
+#[test]
 fn removing_a_peer_ends_its_sessions() {
     let mut pair = Pair::connected();
     let peer = pair.nodes[A].peer;
