@@ -17,7 +17,6 @@
     reason = "the lab runs in real time, and what fails in it fails the test"
 )]
 
-#[allow(dead_code, reason = "each test binary uses its part of the lab")]
 mod lab;
 
 use std::collections::BTreeSet;

@@ -4,6 +4,14 @@
 //! the lab is dropped. Processes are ended by their id. Nothing here leads to the host: no link joins a namespace of the
 //! lab to one that it did not make.
 
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "what fails in the lab fails the test, and each test binary uses its part of it"
+)]
+
 use std::fmt::Debug;
 use std::fs::File;
 use std::io::Read;
@@ -13,7 +21,7 @@ use std::time::{Duration, Instant};
 
 /// A set of namespaces with the processes in them and a directory for their files.
 #[derive(Debug)]
-pub struct Lab {
+pub(crate) struct Lab {
     name: String,
     namespaces: Vec<String>,
     dir: tempfile::TempDir,
@@ -21,14 +29,14 @@ pub struct Lab {
 
 /// One network namespace.
 #[derive(Debug, Clone)]
-pub struct Host {
+pub(crate) struct Host {
     ns: String,
     dir: PathBuf,
 }
 
 /// A process in the lab; killed when dropped.
 #[derive(Debug)]
-pub struct Process {
+pub(crate) struct Process {
     child: Child,
     name: String,
     log: PathBuf,
@@ -36,14 +44,14 @@ pub struct Process {
 
 impl Lab {
     /// A lab with no hosts yet. `name` must be unique within the test binary and short.
-    pub fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         assert_eq!(output(Command::new("id").arg("-u")).trim(), "0", "network namespaces need root");
         let dir = tempfile::Builder::new().prefix("mesh-lab-").tempdir().unwrap();
         Self { name: format!("mesh{}-{name}", std::process::id()), namespaces: Vec::new(), dir }
     }
 
     /// Adds a namespace with its loopback up.
-    pub fn host(&mut self, name: &str) -> Host {
+    pub(crate) fn host(&mut self, name: &str) -> Host {
         let ns = format!("{}-{name}", self.name);
         ip(&["netns", "add", &ns]);
         self.namespaces.push(ns.clone());
@@ -55,14 +63,14 @@ impl Lab {
     }
 
     /// A router: forwards between its links and answers for nothing else.
-    pub fn router(&mut self, name: &str) -> Host {
+    pub(crate) fn router(&mut self, name: &str) -> Host {
         let host = self.host(name);
         host.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
         host
     }
 
     /// Joins two hosts by a virtual cable; each end is `(host, interface, address/prefix)`.
-    pub fn link(&self, a: (&Host, &str, &str), b: (&Host, &str, &str)) {
+    pub(crate) fn link(&self, a: (&Host, &str, &str), b: (&Host, &str, &str)) {
         ip(&["link", "add", a.1, "netns", &a.0.ns, "type", "veth", "peer", "name", b.1, "netns", &b.0.ns]);
         for (host, interface, address) in [a, b] {
             host.sh(&format!("ip addr add {address} dev {interface} nodad; ip link set {interface} up"));
@@ -85,34 +93,34 @@ impl Drop for Lab {
 
 impl Host {
     /// A directory of this host's own.
-    pub fn dir(&self) -> &Path {
+    pub(crate) fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// The namespace's name.
-    pub fn ns(&self) -> &str {
+    pub(crate) fn ns(&self) -> &str {
         &self.ns
     }
 
     /// A command that will run in this namespace.
-    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    pub(crate) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.ns]).arg(program).current_dir(&self.dir);
         command
     }
 
     /// Runs a shell line and returns what it printed; fails the test if it fails.
-    pub fn sh(&self, line: &str) -> String {
+    pub(crate) fn sh(&self, line: &str) -> String {
         output(self.command("sh").args(["-ec", line]))
     }
 
     /// Runs a shell line and returns its whole outcome.
-    pub fn try_sh(&self, line: &str) -> Output {
+    pub(crate) fn try_sh(&self, line: &str) -> Output {
         self.command("sh").args(["-ec", line]).output().unwrap()
     }
 
     /// Starts a process whose output goes to a file of the lab.
-    pub fn spawn(&self, name: &str, command: &mut Command) -> Process {
+    pub(crate) fn spawn(&self, name: &str, command: &mut Command) -> Process {
         let log = self.dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log).unwrap();
         command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file);
@@ -122,14 +130,14 @@ impl Host {
 
 impl Process {
     /// What the process has printed so far.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         let mut text = Vec::new();
         File::open(&self.log).unwrap().read_to_end(&mut text).unwrap();
         String::from_utf8_lossy(&text).into_owned()
     }
 
     /// Waits until a printed line begins with `start`.
-    pub fn wait_line(&mut self, start: &str, timeout: Duration) {
+    pub(crate) fn wait_line(&mut self, start: &str, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         while !self.log().lines().any(|line| line.starts_with(start)) {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -141,7 +149,7 @@ impl Process {
     }
 
     /// Asks the process to end and waits for it, at most five seconds.
-    pub fn terminate(&mut self) {
+    pub(crate) fn terminate(&mut self) {
         drop(Command::new("kill").arg(self.child.id().to_string()).output());
         let deadline = Instant::now() + Duration::from_secs(5);
         while self.child.try_wait().unwrap().is_none() {
@@ -164,7 +172,7 @@ impl Drop for Process {
 }
 
 /// Runs `check` until it yields a value; fails the test with its last complaint after `timeout`.
-pub fn eventually<T, E: Debug>(what: &str, timeout: Duration, mut check: impl FnMut() -> Result<T, E>) -> T {
+pub(crate) fn eventually<T, E: Debug>(what: &str, timeout: Duration, mut check: impl FnMut() -> Result<T, E>) -> T {
     let deadline = Instant::now() + timeout;
     loop {
         match check() {
@@ -180,7 +188,7 @@ fn ip(args: &[&str]) {
 }
 
 /// Runs a command to its end and returns what it printed; fails the test if it fails.
-pub fn output(command: &mut Command) -> String {
+pub(crate) fn output(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(
         output.status.success(),
