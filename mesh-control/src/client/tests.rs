@@ -1,5 +1,6 @@
 use super::*;
-use crate::wire::Node;
+use crate::wire::{EndpointType, Node};
+use mesh_noise::key::DiscoPublic;
 use proptest::prelude::*;
 use std::time::UNIX_EPOCH;
 
