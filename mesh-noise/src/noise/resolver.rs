@@ -160,3 +160,76 @@ impl Cipher for ChaChaPoly {
         Ok(len)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+    use snow::{Builder, HandshakeState};
+
+    fn bytes(value: &Value) -> Vec<u8> {
+        hex::decode(value.as_str().unwrap()).unwrap()
+    }
+
+    fn key(value: &Value) -> [u8; LEN] {
+        bytes(value).try_into().unwrap()
+    }
+
+    fn side(vector: &Value, side: &str) -> HandshakeState {
+        let of = |name: &str| &vector[format!("{side}_{name}")];
+        let statik = Arc::new(StaticKey::new(&key(of("static"))));
+        let resolver = Resolver { statik: Arc::clone(&statik), ephemeral: Zeroizing::new(key(of("ephemeral"))) };
+        let (name, prologue) = (vector["protocol_name"].as_str().unwrap(), bytes(of("prologue")));
+        let remote = of("remote_static").as_str().map(|_| key(of("remote_static")));
+        let psk = of("psks").as_array().map(|psks| key(&psks[0]));
+        let mut builder = Builder::with_resolver(name.parse().unwrap(), Box::new(resolver));
+        builder = builder.prologue(&prologue).unwrap().local_private_key(statik.bytes()).unwrap();
+        if let Some(psk) = &psk {
+            builder = builder.psk(2, psk).unwrap();
+        }
+        match &remote {
+            Some(remote) => builder.remote_public_key(remote).unwrap().build_initiator().unwrap(),
+            None => builder.build_responder().unwrap(),
+        }
+    }
+
+    #[test]
+    fn published_vectors_come_out_byte_for_byte() {
+        let published: Value = serde_json::from_str(include_str!("../../tests/data/noise-cacophony.json")).unwrap();
+        let vectors = published["vectors"].as_array().unwrap();
+        assert_eq!(vectors.len(), 2);
+        for vector in vectors {
+            let (mut initiator, mut responder) = (side(vector, "init"), side(vector, "resp"));
+            let messages = vector["messages"].as_array().unwrap();
+            let (handshake, transport) = messages.split_at(2);
+            let (mut sealed, mut opened) = (vec![0; 512], vec![0; 512]);
+            for (message, initiates) in handshake.iter().zip([true, false]) {
+                let (from, to) = match initiates {
+                    true => (&mut initiator, &mut responder),
+                    false => (&mut responder, &mut initiator),
+                };
+                let len = from.write_message(&bytes(&message["payload"]), &mut sealed).unwrap();
+                assert_eq!(sealed[..len], bytes(&message["ciphertext"]));
+                let len = to.read_message(&sealed[..len], &mut opened).unwrap();
+                assert_eq!(opened[..len], bytes(&message["payload"]));
+            }
+            assert_eq!(initiator.get_handshake_hash(), bytes(&vector["handshake_hash"]));
+            let (mut a, mut b) = (initiator.into_transport_mode().unwrap(), responder.into_transport_mode().unwrap());
+            for (message, by_initiator) in transport.iter().zip([true, false].into_iter().cycle()) {
+                let (from, to) = if by_initiator { (&mut a, &mut b) } else { (&mut b, &mut a) };
+                let len = from.write_message(&bytes(&message["payload"]), &mut sealed).unwrap();
+                assert_eq!(sealed[..len], bytes(&message["ciphertext"]));
+                let len = to.read_message(&sealed[..len], &mut opened).unwrap();
+                assert_eq!(opened[..len], bytes(&message["payload"]));
+            }
+        }
+    }
+
+    #[test]
+    fn one_ephemeral_is_all_there_is() {
+        let mut rng = OneDraw(Some(Zeroizing::new([7; LEN])));
+        let mut out = [0; LEN];
+        assert_eq!(rng.try_fill_bytes(&mut out), Ok(()));
+        assert_eq!((out, rng.try_fill_bytes(&mut out)), ([7; LEN], Err(Error::Rng)));
+    }
+}

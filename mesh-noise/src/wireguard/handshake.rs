@@ -109,3 +109,35 @@ impl Asked {
         Ok((datagram, keys))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wireguard::cookie::Checker;
+    use crate::wireguard::interface::tests::start;
+
+    #[test]
+    fn initiations_of_real_clients_open_to_what_they_said() {
+        let recorded = include_str!("../../tests/data/wireguard-initiations.json");
+        let recorded: serde_json::Value = serde_json::from_str(recorded).unwrap();
+        let bytes = |value: &serde_json::Value| hex::decode(value.as_str().unwrap()).unwrap();
+        let private = NodePrivate::from_bytes(bytes(&recorded["responder_private"]).try_into().unwrap());
+        let identity = Identity::new(&private);
+        assert_eq!(*identity.public(), private.public());
+        let mut checker = Checker::new(identity.public(), 500);
+        let mut rng = crate::random::SeededRng::from_seed([1; 32]);
+        let initiations = recorded["initiations"].as_array().unwrap();
+        assert!(initiations.len() > 5);
+        for recorded in initiations {
+            let datagram = bytes(&recorded["packet_hex"]);
+            assert_eq!(checker.check(start(), None, &datagram, &mut rng), Ok(()));
+            let message = Initiation::parse(&datagram).unwrap();
+            assert_eq!(Some(u64::from(message.sender)), recorded["sender_index_le"].as_u64());
+            let asked = Asked::read(&identity, &message, [1; 32]).unwrap();
+            assert_eq!(asked.peer.as_bytes()[..], bytes(&recorded["initiator_static_public"]));
+            assert_eq!(asked.timestamp.to_bytes()[..], bytes(&recorded["tai64n_hex"]));
+            let mut stamper = Stamper::new(&asked.peer);
+            assert!(asked.answer(start(), &PresharedKey::default(), 1, &mut stamper).is_ok());
+        }
+    }
+}
