@@ -19,15 +19,38 @@ mod tunnel;
 pub use control::ControlSocket;
 pub use tunnel::{Options, Tunnel};
 
+use std::net::SocketAddr;
+
 use mesh_tun::Error as TunError;
 
 /// Why a tunnel could not start, or why it ended.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A device or a socket could not be made.
+    /// The process lacks the privilege.
+    #[error("no permission to {what}: run as root or with CAP_NET_ADMIN")]
+    NoPermission {
+        /// What was attempted, as a phrase after "to".
+        what: String,
+    },
+    /// The kernel offers no TUN device at all.
+    #[error("no TUN device on this machine: load the kernel module (modprobe tun) or give the container /dev/net/tun")]
+    NoTun,
+    /// Another process holds an interface of this name.
+    #[error("interface {name} is in use by another process: choose another name, or end that process")]
+    DeviceBusy {
+        /// The interface.
+        name: String,
+    },
+    /// Another socket has the port.
+    #[error("UDP address {address} is in use by another process")]
+    AddressInUse {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// A device or a socket could not be made for another reason.
     #[error(transparent)]
-    Tun(#[from] TunError),
+    Tun(TunError),
     /// The system refused something else.
     #[error("cannot {what}: {source}")]
     System {
@@ -50,6 +73,20 @@ pub enum Error {
         /// Which one and why.
         what: String,
     },
+}
+
+/// The same errors, in the words of a program that has neither `--tun` nor `--port`.
+impl From<TunError> for Error {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "whatever else goes wrong says so itself")]
+    fn from(error: TunError) -> Self {
+        match error {
+            TunError::NoPermission { what } => Self::NoPermission { what },
+            TunError::NoTun => Self::NoTun,
+            TunError::DeviceBusy { name } => Self::DeviceBusy { name },
+            TunError::AddressInUse { address } => Self::AddressInUse { address },
+            error => Self::Tun(error),
+        }
+    }
 }
 
 impl Error {

@@ -205,7 +205,8 @@ impl Tunnel {
             return Ok(());
         }
         let refused = |error: Error| {
-            let errno = if matches!(error, Error::Tun(mesh_tun::Error::AddressInUse { .. })) { 98 } else { 5 };
+            // EADDRINUSE, EIO
+            let errno = if matches!(error, Error::AddressInUse { .. }) { 98 } else { 5 };
             UapiError::System(error.to_string(), errno)
         };
         let sockets = bind(port, self.fwmark).map_err(refused)?;
