@@ -91,7 +91,7 @@ impl Printer {
 }
 
 fn users_table(users: &[UserInfo]) -> String {
-    table(["ID", "NAME", "SINCE"], users.iter().map(|user| [text(user.id), user.name.clone(), text(&user.created)]))
+    table(["ID", "NAME", "SINCE"], users.iter().map(|user| [text(user.id), user.name.clone(), text(user.created)]))
 }
 
 fn keys_table(keys: &[KeyInfo]) -> String {
@@ -105,7 +105,7 @@ fn keys_table(keys: &[KeyInfo]) -> String {
                 (true, true) => "reusable, ephemeral",
             };
             let used = key.used.as_ref().map_or_else(|| "never".to_owned(), text);
-            [text(key.id), key.user.clone(), kind.to_owned(), key.tags.join(" "), text(&key.expires), used]
+            [text(key.id), key.user.clone(), kind.to_owned(), key.tags.join(" "), text(key.expires), used]
         }),
     )
 }

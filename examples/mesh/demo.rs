@@ -49,11 +49,8 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
         let addresses: Vec<String> = node.addresses().iter().map(ToString::to_string).collect();
         println!("node {name}    {}", addresses.join(", "));
     }
-    println!(
-        "\nup after {:.1} s; now {name} asks for a page on anna's port {PAGE_PORT}\n",
-        started.elapsed().as_secs_f64(),
-        name = "bert"
-    );
+    let took = started.elapsed().as_secs_f64();
+    println!("\nup after {took:.1} s; now bert asks for a page on anna's port {PAGE_PORT}\n");
     serve_page(&anna)?;
 
     let by_relay = leg(&anna, &bert, PathMode::Relay, PathKind::Relay).await.context("by the relay")?;
@@ -155,10 +152,7 @@ async fn leg(anna: &Node, bert: &Node, mode: PathMode, kind: PathKind) -> anyhow
 
     let mut text = format!(
         "{}: round trip {:.1} ms, {} in {:.0} ms\n",
-        match kind {
-            PathKind::Direct => "directly by UDP",
-            _ => "by the relay",
-        },
+        if kind == PathKind::Direct { "directly by UDP" } else { "by the relay" },
         pong.ms,
         output::bytes(length as u64),
         took.as_secs_f64() * 1e3

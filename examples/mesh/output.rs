@@ -10,6 +10,7 @@ use qrcode::QrCode;
 use qrcode::render::unicode;
 
 /// A node's state in a few words.
+#[expect(clippy::wildcard_enum_match_arm, reason = "states that this program does not know print as they are")]
 pub(crate) fn state(state: &NodeState) -> String {
     match state {
         NodeState::Stopped { error: None } => "stopped; `mesh up` starts it".to_owned(),

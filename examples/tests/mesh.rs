@@ -1,4 +1,11 @@
 //! The program as a person uses it: real processes on loopback, no root, and every way to get it wrong.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    clippy::missing_panics_doc,
+    reason = "tests fail by panicking and read the real clock"
+)]
 
 use std::fs;
 use std::io::{Read, Write};
@@ -205,7 +212,6 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-#[expect(clippy::disallowed_methods, reason = "a test's patience is counted by the real clock")]
 fn eventually<T, E: std::fmt::Debug>(what: &str, mut check: impl FnMut() -> Result<T, E>) -> T {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
