@@ -135,9 +135,16 @@ impl Driver {
             }
             self.settle();
         }
+        if self.fixed.ephemeral && self.session.as_ref().is_some_and(|session| session.control_connected) {
+            // The coordinator would find out by itself, later.
+            if let Err(error) = self.logout().await {
+                tracing::debug!(%error, "ephemeral node");
+            }
+        }
         self.end_session();
-        self.plane.close();
+        // While the interface is there: rules and routes refer to it.
         self.host.close().await;
+        self.plane.close();
         self.shared.state.send_if_modified(|state| {
             let running = !matches!(state, NodeState::Stopped { .. });
             if running {
@@ -260,8 +267,9 @@ impl Driver {
             self.end_session();
             self.state.forget_registration()?;
         }
-        let settled = self.session.as_ref().is_some_and(|session| session.state().is_running());
-        if settled && before == self.prefs {
+        if before == self.prefs
+            && self.session.as_ref().is_some_and(|session| session.goes_on(options.auth_key.is_some()))
+        {
             return Ok(());
         }
         self.end_session();

@@ -21,27 +21,31 @@
 //! otherwise. Paths are learned from validated disco probes only, never from WireGuard messages.
 
 mod endpoints;
+mod io;
 mod map;
+mod measure;
+mod peers;
 mod relays;
 mod settle;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use endpoints::{Endpoint, EndpointKind, Local, LocalAddress, gather};
+pub use io::{Announcement, Command, Config, Event, Hop, PeerReport, Transmit};
 pub use map::{MapView, PeerView};
 pub use relays::RelayPlan;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use mesh_derp::map::{DerpMap, RegionId};
+use mesh_derp::map::RegionId;
 use mesh_nat::agent::{self, Agent, PingId};
-use mesh_nat::report::{Netcheck, Report, Scope, fallback_home};
+use mesh_nat::report::{Netcheck, Report, Scope};
 use mesh_nat::{Class, Family, Path, classify};
-use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic, PresharedKey};
-use mesh_noise::wireguard::{self, Interface, Session, Timing};
+use mesh_noise::key::{DiscoPublic, NodePrivate, NodePublic};
+use mesh_noise::wireguard::Interface;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_core::Rng;
@@ -50,150 +54,6 @@ use crate::prefs::PathMode;
 
 /// How often activity words are read while sessions exist.
 const ACTIVITY_INTERVAL: Duration = Duration::from_secs(1);
-
-/// How long after the last packet a node counts as active: so long its addresses are kept fresh.
-const ACTIVE: Duration = Duration::from_secs(45);
-/// The least time between two measurements of an active node, below the 30 seconds after which NATs forget.
-const MEASURE_AFTER: Duration = Duration::from_secs(20);
-/// The most that is added to it.
-const MEASURE_JITTER_MS: u64 = 6000;
-
-/// What an engine starts with.
-#[derive(Debug)]
-pub struct Config {
-    /// The node key.
-    pub private: NodePrivate,
-    /// The disco key, new at every start.
-    pub disco: DiscoPrivate,
-    /// Randomness for everything below.
-    pub seed: [u8; 32],
-    /// Where the activity clock counts from; the data plane's clock has the same start.
-    pub epoch: Instant,
-    /// The wall clock at `epoch`; handshakes carry it.
-    pub wall: SystemTime,
-    /// Which paths may be used.
-    pub mode: PathMode,
-    /// Endpoints set by the user, told to peers as they are.
-    pub static_endpoints: Vec<SocketAddr>,
-    /// WireGuard's timers.
-    pub timing: Timing,
-}
-
-/// Where a datagram came from, and where an answer goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hop {
-    /// The way.
-    pub path: Path,
-    /// Who stands at the other end of a relay.
-    pub node: Option<NodePublic>,
-}
-
-/// A datagram to be sent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Transmit {
-    /// The way; for a relay, [`node`](Self::node) says to whom.
-    pub path: Path,
-    /// The receiver, if known.
-    pub node: Option<NodePublic>,
-    /// The datagram.
-    pub datagram: Vec<u8>,
-}
-
-/// What control should be told about this node.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Announcement {
-    /// Where we may be reached.
-    pub endpoints: Vec<Endpoint>,
-    /// Our home region.
-    pub home: Option<RegionId>,
-    /// The network as measured; its latencies are those of the time when anything else changed.
-    pub report: Option<Box<Report>>,
-}
-
-impl Announcement {
-    /// Whether control should hear of the difference: latencies alone are not worth a message.
-    fn differs(&self, other: &Self) -> bool {
-        let network = |report: &Option<Box<Report>>| {
-            report.as_ref().map(|report| (report.udp, report.ipv4, report.ipv6, report.mapping_varies_by_dest_ip))
-        };
-        self.endpoints != other.endpoints || self.home != other.home || network(&self.report) != network(&other.report)
-    }
-}
-
-/// What others should do.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum Command {
-    /// Data plane: a peer has been added, or what is routed to it has changed.
-    SetPeer(Box<PeerView>),
-    /// Data plane: a peer is gone, with its sessions.
-    RemovePeer(NodePublic),
-    /// Data plane: packets to the peer go this way.
-    SetPath(NodePublic, Option<Path>),
-    /// Data plane: packets of this session may arrive.
-    OpenSession(Arc<Session>),
-    /// Data plane: packets to the session's peer are sealed with this one.
-    UseSession(Arc<Session>),
-    /// Data plane: the session with this receiver index is over.
-    CloseSession(NodePublic, u32),
-    /// Data plane: the filter and our own addresses are now those of this map.
-    Configure(Arc<MapView>),
-    /// Relay connections that should exist.
-    Relays(RelayPlan),
-    /// Relays: the map that says where they are.
-    Regions(Arc<DerpMap>),
-    /// Control: tell it this.
-    Announce(Announcement),
-    /// Measure this region over HTTPS, for UDP brings no answer, and call [`Engine::https_latency`].
-    MeasureHttps(RegionId),
-    /// Look this host up and call [`Engine::resolved`].
-    Resolve(String),
-    /// Data plane: give up the packets that wait for a session with this peer.
-    GiveUp(NodePublic),
-}
-
-/// What a user may want to know.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub enum Event {
-    /// Packets to the peer take another way.
-    PathChanged {
-        /// The peer.
-        peer: NodePublic,
-        /// The way; none if the peer cannot be reached.
-        path: Option<Path>,
-    },
-    /// A probe asked for with [`Engine::ping`] was answered.
-    PingAnswered {
-        /// Which one.
-        id: PingId,
-        /// The way that it took.
-        path: Path,
-        /// The round trip.
-        latency: Duration,
-    },
-    /// A probe asked for with [`Engine::ping`] was lost.
-    PingFailed {
-        /// Which one.
-        id: PingId,
-    },
-    /// A peer has not answered handshakes for 90 seconds.
-    PeerSilent {
-        /// The peer.
-        peer: NodePublic,
-    },
-    /// A measurement of the network has ended.
-    Measured(Box<Report>),
-}
-
-/// What the engine knows about a peer, for status displays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PeerReport {
-    /// Where packets to it go.
-    pub path: Option<Path>,
-    /// When the current session was agreed.
-    pub last_handshake: Option<Instant>,
-}
 
 #[derive(Debug)]
 struct Peer {
@@ -339,17 +199,7 @@ impl Engine {
     /// Takes a new network map.
     pub fn set_map(&mut self, now: Instant, map: Arc<MapView>) {
         let former = std::mem::replace(&mut self.map, map);
-        let gone: Vec<NodePublic> =
-            self.peers.keys().filter(|key| !self.map.peers.contains_key(key)).copied().collect();
-        for peer in gone {
-            self.remove_peer(now, &peer);
-        }
-        let map = Arc::clone(&self.map);
-        for (key, view) in &map.peers {
-            if self.peers.get(key).is_none_or(|known| known.view != *view) {
-                self.set_peer(now, view.clone());
-            }
-        }
+        self.set_peers(now);
         if former.derp != self.map.derp {
             self.set_regions(now);
         }
@@ -538,148 +388,6 @@ impl Engine {
         .into_iter()
         .flatten()
         .min()
-    }
-
-    // --- peers -------------------------------------------------------------------------------------------------------
-
-    fn set_peer(&mut self, now: Instant, view: PeerView) {
-        let key = view.node;
-        self.moved.insert(key);
-        if self.peers.get(&key).is_none_or(|known| known.view.routing_differs(&view)) {
-            self.commands.push_back(Command::SetPeer(Box::new(view.clone())));
-        }
-        if let Some(disco) = view.disco {
-            let endpoints = view.endpoints.clone();
-            self.agent.set_peer(now, agent::PeerConfig { node: key, disco, home: view.home, endpoints });
-        } else {
-            self.agent.remove_peer(&key);
-        }
-        if let Some(known) = self.peers.get_mut(&key) {
-            known.view = view;
-            return;
-        }
-        let config = wireguard::PeerConfig { preshared: PresharedKey::default(), persistent_keepalive: None };
-        self.interface.set_peer(now, key, config);
-        let peer = Peer { view, path: None, heard_at: None, last_handshake: None, sessions: Vec::new(), last_sent: 0 };
-        self.peers.insert(key, peer);
-    }
-
-    fn remove_peer(&mut self, now: Instant, key: &NodePublic) {
-        self.interface.remove_peer(key);
-        self.agent.remove_peer(key);
-        self.settle(now);
-        if let Some(peer) = self.peers.remove(key) {
-            self.live_sessions -= peer.sessions.len();
-        }
-        self.moved.remove(key);
-        self.commands.push_back(Command::RemovePeer(*key));
-    }
-
-    /// Where packets to `peer` go now.
-    fn current_path(&self, key: &NodePublic) -> Option<Path> {
-        let peer = self.peers.get(key)?;
-        let relay = || peer.view.home.or(peer.heard_at).map(|region| Path::Relay { region });
-        let direct = || self.agent.path(key).filter(|path| !matches!(path, Path::Relay { .. }));
-        match self.mode {
-            PathMode::Auto => direct().or_else(relay),
-            PathMode::Direct => direct(),
-            PathMode::Relay => relay(),
-        }
-    }
-
-    fn note_relay_use(&mut self, now: Instant, peer: &NodePublic) {
-        if let Some(region) = self.peers.get(peer).and_then(|peer| peer.view.home.or(peer.heard_at)) {
-            self.relays.note_use(now, region);
-        }
-    }
-
-    /// We send to `peer`: its path is worth an effort, and so are our own addresses.
-    fn note_traffic(&mut self, now: Instant, peer: &NodePublic) {
-        self.agent.traffic(now, peer);
-        self.last_active = Some(now);
-        if self.next_measure.is_none() && !self.netcheck.is_running() {
-            self.plan_measuring(now);
-        }
-    }
-
-    /// Tells the agent who has been sent data since the last look, and the relay plan which regions it used.
-    fn read_activity(&mut self, now: Instant) {
-        let mut active = Vec::new();
-        for (key, peer) in &mut self.peers {
-            if peer.sessions.is_empty() {
-                continue;
-            }
-            let Some(activity) = self.interface.activity(key) else { continue };
-            let sent = activity.last_data_sent();
-            if sent > peer.last_sent {
-                peer.last_sent = sent;
-                active.push(*key);
-            }
-        }
-        for key in active {
-            self.note_traffic(now, &key);
-            if matches!(self.current_path(&key), Some(Path::Relay { .. })) {
-                self.note_relay_use(now, &key);
-            }
-        }
-        self.next_activity = None;
-    }
-
-    // --- regions and endpoints ---------------------------------------------------------------------------------------
-
-    fn set_regions(&mut self, now: Instant) {
-        let derp = Arc::clone(&self.map.derp);
-        self.relays.retain(|region| derp.regions.contains_key(&region));
-        self.announce = true;
-        self.start_measuring(now, Scope::Full);
-        self.commands.push_back(Command::Regions(derp));
-    }
-
-    /// Starts a measurement, or notes that another one is due after the present one.
-    fn start_measuring(&mut self, now: Instant, scope: Scope) {
-        self.next_measure = None;
-        self.measure_again = !self.netcheck.start(now, Arc::clone(&self.map.derp), scope);
-    }
-
-    fn plan_measuring(&mut self, now: Instant) {
-        let jitter = Duration::from_millis(self.rng.next_u64() % MEASURE_JITTER_MS);
-        self.next_measure = Some(now + MEASURE_AFTER + jitter);
-    }
-
-    fn is_active(&self, now: Instant) -> bool {
-        self.last_active.is_some_and(|last| now.saturating_duration_since(last) < ACTIVE)
-    }
-
-    fn measured(&mut self, now: Instant, report: Report) {
-        let home = self.relays.home();
-        let wanted = report.preferred.or(home).or_else(|| fallback_home(&self.map.derp, &self.me));
-        if home.is_none() || self.control_connected {
-            self.relays.set_home(now, wanted);
-        }
-        self.netcheck.set_home(self.relays.home());
-        self.announce = true;
-        if std::mem::take(&mut self.measure_again) {
-            self.start_measuring(now, Scope::Full);
-        } else if self.is_active(now) {
-            self.plan_measuring(now);
-        }
-        self.report = Some(Box::new(report.clone()));
-        self.events.push_back(Event::Measured(Box::new(report)));
-    }
-
-    fn announce(&mut self, now: Instant) {
-        if !std::mem::take(&mut self.announce) {
-            return;
-        }
-        let endpoints = gather(&self.local, self.report.as_deref(), &self.static_endpoints);
-        if endpoints != self.announced.endpoints {
-            self.agent.set_endpoints(now, endpoints.iter().map(|endpoint| endpoint.address).collect());
-        }
-        let announcement = Announcement { endpoints, home: self.relays.home(), report: self.report.clone() };
-        if announcement.differs(&self.announced) {
-            self.announced.clone_from(&announcement);
-            self.commands.push_back(Command::Announce(announcement));
-        }
     }
 }
 

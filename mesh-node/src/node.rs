@@ -1,6 +1,7 @@
 //! A node as a library: build it, start it, dial and listen within the mesh.
 
 mod builder;
+mod service;
 
 pub use builder::{Builder, Device};
 

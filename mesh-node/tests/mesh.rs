@@ -1,5 +1,7 @@
 //! Whole meshes on the loopback interface: a real coordinator, a real relay, nodes with the userspace stack.
 
+#![expect(clippy::unwrap_used, reason = "a lab that cannot be built is a failed test")]
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -123,6 +125,31 @@ async fn a_node_keeps_its_identity_over_a_restart_and_gives_it_up_by_logging_out
     node.wait_running(PATIENCE).await.unwrap();
     assert_ne!(node.status().await.unwrap().this.key, key, "a logout gives the node key up");
     assert_eq!(node.addresses(), addresses, "the machine keeps its addresses");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_node_signs_in_again_under_a_new_key_and_keeps_its_addresses() {
+    let lab = Lab::start().await;
+    let one = lab.node("one", PathMode::Auto).await;
+    serve_page(&one, "who am I");
+    // A key that is spent when the node needs one again.
+    let once = CreateKey { user: "alice".into(), ..CreateKey::default() };
+    let key = lab.admin().create_key(&once).await.unwrap().key.unwrap();
+    let two = lab.builder("two").auth_key(key).start().await.unwrap();
+    two.wait_running(PATIENCE).await.unwrap();
+    wait_until(|| async { fetch(&two, "one").await.is_ok_and(|page| page == "who am I") }).await;
+    let (key, addresses) = (two.status().await.unwrap().this.key, two.addresses());
+    lab.admin().expire_node("two").await.unwrap();
+    let mut states = two.state();
+    let waiting = states.wait_for(|state| matches!(state, NodeState::NeedsLogin { .. }));
+    let NodeState::NeedsLogin { url } = tokio::time::timeout(PATIENCE, waiting).await.unwrap().unwrap().clone() else {
+        unreachable!("it was waited for")
+    };
+    lab.admin().approve(&url, "alice").await.unwrap();
+    two.wait_for(PATIENCE, |_| false).await.unwrap();
+    assert_ne!(two.status().await.unwrap().this.key, key);
+    assert_eq!(two.addresses(), addresses);
+    wait_until(|| async { fetch(&two, "one").await.is_ok_and(|page| page == "who am I") }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

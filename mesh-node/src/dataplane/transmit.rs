@@ -80,6 +80,11 @@ impl<'a> Transmitter<'a> {
         };
         let mut start = 0;
         while start < count {
+            if self.batch.packet(start).is_empty() {
+                // The device has kept this one for itself.
+                start += 1;
+                continue;
+            }
             let peer = match route(&self.batch, start) {
                 Ok(peer) => peer,
                 Err(reason) => {

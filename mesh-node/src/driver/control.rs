@@ -14,7 +14,7 @@ use crate::engine::{Announcement, EndpointKind};
 /// Events that may wait for the engine; the task waits when there are more.
 const QUEUE: usize = 64;
 /// How long the coordinator has to hear of a logout.
-const LOGOUT_TIMEOUT: Duration = Duration::from_secs(10);
+const LOGOUT_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 enum Request {

@@ -14,7 +14,7 @@ use mesh_tun::packet::Protocol;
 use super::relays::RelaySender;
 use super::{Clock, Sockets};
 use crate::dataplane::{Config, Dataplane, Notices, PeerConfig, Traffic};
-use crate::engine::{Command, MapView};
+use crate::engine::{Command, MapView, PeerView};
 use crate::error::Error;
 use crate::status::PathCounters;
 
@@ -62,10 +62,13 @@ impl Plane {
     /// Carries out a command that is for the data plane; others are none of its business.
     pub(crate) fn apply(&mut self, command: Command) {
         match command {
-            Command::SetPeer(view) => {
-                self.peers.insert(view.node);
-                let standing = if view.jailed { Standing::Jailed } else { Standing::Ordinary };
-                self.dataplane.set_peer(&PeerConfig { key: view.node, allowed_ips: view.allowed, standing });
+            Command::SetPeers(views) => {
+                self.peers.extend(views.iter().map(|view| view.node));
+                let peer = |view: PeerView| {
+                    let standing = if view.jailed { Standing::Jailed } else { Standing::Ordinary };
+                    PeerConfig { key: view.node, allowed_ips: view.allowed, standing }
+                };
+                self.dataplane.set_peers(&views.into_iter().map(peer).collect::<Vec<_>>());
             }
             Command::RemovePeer(peer) => {
                 self.peers.remove(&peer);

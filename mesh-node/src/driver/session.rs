@@ -154,6 +154,16 @@ impl Session {
         &self.state
     }
 
+    /// Whether a session that was asked for the same things again need not start anew: it runs, or waits for somebody and
+    /// no key has come that would make that unnecessary.
+    pub(super) fn goes_on(&self, has_key: bool) -> bool {
+        match self.state {
+            NodeState::Running => true,
+            NodeState::NeedsLogin { .. } => !has_key,
+            NodeState::Starting { .. } | NodeState::Stopped { .. } => false,
+        }
+    }
+
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.engine.poll_timeout()
     }
@@ -384,7 +394,7 @@ impl Session {
                 host.configure(&map);
                 plane.apply(Command::Configure(map));
             }
-            Command::SetPeer(_)
+            Command::SetPeers(_)
             | Command::RemovePeer(_)
             | Command::SetPath(..)
             | Command::OpenSession(_)

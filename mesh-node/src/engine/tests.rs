@@ -3,13 +3,14 @@
 use super::*;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::SystemTime;
 
 use ipnet::IpNet;
-use mesh_derp::map::{DerpNode, DerpRegion};
+use mesh_derp::map::{DerpMap, DerpNode, DerpRegion};
 use mesh_nat::SocketId;
 use mesh_nat::stun::responder::{Audience, Responder};
-use rand::SeedableRng;
-use rand::rngs::StdRng;
+use mesh_noise::key::DiscoPrivate;
+use mesh_noise::wireguard::{Session, Timing};
 
 /// Some moment; tests count from here.
 #[expect(clippy::disallowed_methods, reason = "virtual time needs one real instant to start from")]
@@ -207,7 +208,7 @@ impl World {
                     host.paths.remove(&peer);
                 }
                 Command::Announce(announcement) => host.announced = Some(announcement),
-                Command::SetPeer(_)
+                Command::SetPeers(_)
                 | Command::Configure(_)
                 | Command::Relays(_)
                 | Command::Regions(_)

@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::service::ServiceDevice;
 use super::{Inner, Node, UpOptions, system_rng};
 use crate::dns::{self, Names};
 use crate::driver::{Clock, Driver, Fixed, HostNetwork, Plane, RelaySender, Shared, Sockets, TunHost};
@@ -212,14 +213,14 @@ impl Builder {
         let relay_tls = relay_tls.map_err(|error| Error::Tls(error.to_string()))?;
         let clock = Clock::start();
         let sockets = Sockets::bind(self.port)?;
-        let Opened { device, netstack, tun, name } = self.open_device()?;
+        let names = Names::default();
+        let Opened { device, netstack, tun, name } = self.open_device(&names)?;
         let (relay_sender, stop) = (RelaySender::default(), CancellationToken::new());
         let (plane, notices) = Plane::start(device, &sockets, relay_sender.clone(), clock)?;
         let shared = Arc::new(Shared {
             state: watch::Sender::new(NodeState::Stopped { error: None }),
             directory: ArcSwap::default(),
         });
-        let names = Names::default();
         let serving = self.serve(netstack.as_ref(), &names, &stop).await?;
         let port = sockets.port();
         let fixed = Fixed {
@@ -270,11 +271,11 @@ impl Builder {
         Ok(node)
     }
 
-    fn open_device(&self) -> Result<Opened, Error> {
+    fn open_device(&self, names: &Names) -> Result<Opened, Error> {
         match &self.device {
             Device::Userspace => self.open_userspace(),
-            Device::Tun(name) => open_tun(name),
-            Device::Auto(name) => match open_tun(name) {
+            Device::Tun(name) => open_tun(name, names),
+            Device::Auto(name) => match open_tun(name, names) {
                 Err(Error::Tun(error @ (mesh_tun::Error::NoPermission { .. } | mesh_tun::Error::NoTun))) => {
                     tracing::info!(%error, "running in userspace mode");
                     self.open_userspace()
@@ -299,10 +300,12 @@ struct Opened {
     name: &'static str,
 }
 
-fn open_tun(name: &str) -> Result<Opened, Error> {
+fn open_tun(name: &str, names: &Names) -> Result<Opened, Error> {
     let tun = Tun::open(&tun::Config::named(name))?;
     let host = TunHost::start(tun.index(), Netlink::open()?);
-    Ok(Opened { device: Arc::new(tun), netstack: None, tun: Some(host), name: "tun" })
+    let device = ServiceDevice::start(Arc::new(tun), names)
+        .map_err(|source| Error::System { what: "cannot start the name server", source })?;
+    Ok(Opened { device: Arc::new(device), netstack: None, tun: Some(host), name: "tun" })
 }
 
 /// Where local listeners of the userspace mode are.

@@ -1,0 +1,152 @@
+//! What goes into an engine and what comes out of it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use mesh_derp::map::{DerpMap, RegionId};
+use mesh_nat::Path;
+use mesh_nat::agent::PingId;
+use mesh_nat::report::Report;
+use mesh_noise::key::{DiscoPrivate, NodePrivate, NodePublic};
+use mesh_noise::wireguard::{Session, Timing};
+
+use super::{Endpoint, MapView, PeerView, RelayPlan};
+use crate::prefs::PathMode;
+
+/// What an engine starts with.
+#[derive(Debug)]
+pub struct Config {
+    /// The node key.
+    pub private: NodePrivate,
+    /// The disco key, new at every start.
+    pub disco: DiscoPrivate,
+    /// Randomness for everything below.
+    pub seed: [u8; 32],
+    /// Where the activity clock counts from; the data plane's clock has the same start.
+    pub epoch: Instant,
+    /// The wall clock at `epoch`; handshakes carry it.
+    pub wall: SystemTime,
+    /// Which paths may be used.
+    pub mode: PathMode,
+    /// Endpoints set by the user, told to peers as they are.
+    pub static_endpoints: Vec<SocketAddr>,
+    /// WireGuard's timers.
+    pub timing: Timing,
+}
+
+/// Where a datagram came from, and where an answer goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hop {
+    /// The way.
+    pub path: Path,
+    /// Who stands at the other end of a relay.
+    pub node: Option<NodePublic>,
+}
+
+/// A datagram to be sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transmit {
+    /// The way; for a relay, [`node`](Self::node) says to whom.
+    pub path: Path,
+    /// The receiver, if known.
+    pub node: Option<NodePublic>,
+    /// The datagram.
+    pub datagram: Vec<u8>,
+}
+
+/// What control should be told about this node.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Announcement {
+    /// Where we may be reached.
+    pub endpoints: Vec<Endpoint>,
+    /// Our home region.
+    pub home: Option<RegionId>,
+    /// The network as measured; its latencies are those of the time when anything else changed.
+    pub report: Option<Box<Report>>,
+}
+
+impl Announcement {
+    /// Whether control should hear of the difference: latencies alone are not worth a message.
+    pub(super) fn differs(&self, other: &Self) -> bool {
+        let network = |report: &Option<Box<Report>>| {
+            report.as_ref().map(|report| (report.udp, report.ipv4, report.ipv6, report.mapping_varies_by_dest_ip))
+        };
+        self.endpoints != other.endpoints || self.home != other.home || network(&self.report) != network(&other.report)
+    }
+}
+
+/// What others should do.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Command {
+    /// Data plane: peers have been added, or what is routed to them has changed.
+    SetPeers(Vec<PeerView>),
+    /// Data plane: a peer is gone, with its sessions.
+    RemovePeer(NodePublic),
+    /// Data plane: packets to the peer go this way.
+    SetPath(NodePublic, Option<Path>),
+    /// Data plane: packets of this session may arrive.
+    OpenSession(Arc<Session>),
+    /// Data plane: packets to the session's peer are sealed with this one.
+    UseSession(Arc<Session>),
+    /// Data plane: the session with this receiver index is over.
+    CloseSession(NodePublic, u32),
+    /// Data plane: the filter and our own addresses are now those of this map.
+    Configure(Arc<MapView>),
+    /// Relay connections that should exist.
+    Relays(RelayPlan),
+    /// Relays: the map that says where they are.
+    Regions(Arc<DerpMap>),
+    /// Control: tell it this.
+    Announce(Announcement),
+    /// Measure this region over HTTPS, for UDP brings no answer, and call [`Engine::https_latency`].
+    MeasureHttps(RegionId),
+    /// Look this host up and call [`Engine::resolved`].
+    Resolve(String),
+    /// Data plane: give up the packets that wait for a session with this peer.
+    GiveUp(NodePublic),
+}
+
+/// What a user may want to know.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
+    /// Packets to the peer take another way.
+    PathChanged {
+        /// The peer.
+        peer: NodePublic,
+        /// The way; none if the peer cannot be reached.
+        path: Option<Path>,
+    },
+    /// A probe asked for with [`Engine::ping`] was answered.
+    PingAnswered {
+        /// Which one.
+        id: PingId,
+        /// The way that it took.
+        path: Path,
+        /// The round trip.
+        latency: Duration,
+    },
+    /// A probe asked for with [`Engine::ping`] was lost.
+    PingFailed {
+        /// Which one.
+        id: PingId,
+    },
+    /// A peer has not answered handshakes for 90 seconds.
+    PeerSilent {
+        /// The peer.
+        peer: NodePublic,
+    },
+    /// A measurement of the network has ended.
+    Measured(Box<Report>),
+}
+
+/// What the engine knows about a peer, for status displays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerReport {
+    /// Where packets to it go.
+    pub path: Option<Path>,
+    /// When the current session was agreed.
+    pub last_handshake: Option<Instant>,
+}

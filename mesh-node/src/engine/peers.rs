@@ -1,0 +1,119 @@
+//! Peers: what each of them is, where its packets go, and whether there are any.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_nat::{Path, agent};
+use mesh_noise::key::{NodePublic, PresharedKey};
+use mesh_noise::wireguard;
+
+use super::{Command, Engine, MapView, Peer, PeerView};
+use crate::prefs::PathMode;
+
+impl Engine {
+    /// Brings the peers in line with the map.
+    pub(super) fn set_peers(&mut self, now: Instant) {
+        let map: Arc<MapView> = Arc::clone(&self.map);
+        let gone: Vec<NodePublic> = self.peers.keys().filter(|key| !map.peers.contains_key(key)).copied().collect();
+        for peer in gone {
+            self.remove_peer(now, &peer);
+        }
+        let mut rerouted = Vec::new();
+        for (key, view) in &map.peers {
+            let known = self.peers.get(key).map(|known| &known.view);
+            if known.is_none_or(|known| known.routing_differs(view)) {
+                rerouted.push(view.clone());
+            }
+            if known != Some(view) {
+                self.set_peer(now, view.clone());
+            }
+        }
+        if !rerouted.is_empty() {
+            self.commands.push_back(Command::SetPeers(rerouted));
+        }
+    }
+
+    fn set_peer(&mut self, now: Instant, view: PeerView) {
+        let key = view.node;
+        self.moved.insert(key);
+        if let Some(disco) = view.disco {
+            let endpoints = view.endpoints.clone();
+            self.agent.set_peer(now, agent::PeerConfig { node: key, disco, home: view.home, endpoints });
+        } else {
+            self.agent.remove_peer(&key);
+        }
+        if let Some(known) = self.peers.get_mut(&key) {
+            known.view = view;
+            return;
+        }
+        let config = wireguard::PeerConfig { preshared: PresharedKey::default(), persistent_keepalive: None };
+        self.interface.set_peer(now, key, config);
+        let peer = Peer { view, path: None, heard_at: None, last_handshake: None, sessions: Vec::new(), last_sent: 0 };
+        self.peers.insert(key, peer);
+    }
+
+    fn remove_peer(&mut self, now: Instant, key: &NodePublic) {
+        self.interface.remove_peer(key);
+        self.agent.remove_peer(key);
+        self.settle(now);
+        if let Some(peer) = self.peers.remove(key) {
+            self.live_sessions -= peer.sessions.len();
+        }
+        self.moved.remove(key);
+        self.commands.push_back(Command::RemovePeer(*key));
+    }
+
+    /// Where packets to `peer` go now.
+    pub(super) fn current_path(&self, key: &NodePublic) -> Option<Path> {
+        let peer = self.peers.get(key)?;
+        let relay = || peer.view.home.or(peer.heard_at).map(|region| Path::Relay { region });
+        let direct = || self.agent.path(key).filter(|path| !matches!(path, Path::Relay { .. }));
+        match self.mode {
+            PathMode::Auto => direct().or_else(relay),
+            PathMode::Direct => direct(),
+            PathMode::Relay => relay(),
+        }
+    }
+
+    pub(super) fn note_relay_use(&mut self, now: Instant, peer: &NodePublic) {
+        if let Some(region) = self.peers.get(peer).and_then(|peer| peer.view.home.or(peer.heard_at)) {
+            self.relays.note_use(now, region);
+        }
+    }
+
+    /// We send to `peer`: its path is worth an effort, and so are our own addresses.
+    pub(super) fn note_traffic(&mut self, now: Instant, peer: &NodePublic) {
+        self.agent.traffic(now, peer);
+        self.last_active = Some(now);
+        if self.next_measure.is_none() && !self.netcheck.is_running() {
+            self.plan_measuring(now);
+        }
+    }
+
+    /// Tells the agent who has been sent data since the last look. The regions of peers with live sessions stay
+    /// connected, so that the first packet after a pause finds a way.
+    pub(super) fn read_activity(&mut self, now: Instant) {
+        let (mut active, mut relayed) = (Vec::new(), Vec::new());
+        for (key, peer) in &mut self.peers {
+            if peer.sessions.is_empty() {
+                continue;
+            }
+            if matches!(peer.path, Some(Path::Relay { .. })) {
+                relayed.push(*key);
+            }
+            let Some(activity) = self.interface.activity(key) else { continue };
+            let sent = activity.last_data_sent();
+            if sent > peer.last_sent {
+                peer.last_sent = sent;
+                active.push(*key);
+            }
+        }
+        for key in active {
+            self.note_traffic(now, &key);
+        }
+        for key in relayed {
+            self.note_relay_use(now, &key);
+        }
+        self.next_activity = None;
+    }
+}
