@@ -2,13 +2,6 @@
 //!
 //! Run as root: `cargo test -p mesh --test interop -- --ignored --test-threads=1`.
 //!
-//! ```text
-//!        hub 203.0.113.2 (coordinator, relay, STUN)
-//!             │
-//!   ours ── router ── theirs          every host on a subnet of its own; the router's
-//! 198.51.100.2     192.0.2.2          packet filter counts, and may drop, UDP between the two
-//! ```
-//!
 //! No link leads out of the lab, and the clients run with `TS_NO_LOGS_NO_SUPPORT` and `TS_PANIC_IF_HIT_MAIN_CONTROL`.
 //! Which path data takes is judged by the router's counters and the relay's, never by what a program says of itself.
 #![allow(
@@ -16,9 +9,7 @@
     clippy::print_stdout,
     clippy::disallowed_methods,
     clippy::missing_panics_doc,
-    unreachable_pub,
-    dead_code,
-    reason = "tests fail by panicking and read the real clock; the lab serves several test binaries, none of which uses all of it"
+    reason = "tests fail by panicking and read the real clock"
 )]
 
 mod lab;
@@ -26,136 +17,8 @@ mod lab;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lab::{Host, Lab, Process, eventually};
-use serde_json::Value;
-
-const MESH: &str = env!("CARGO_BIN_EXE_mesh");
-/// What our programs log; only seen when a test fails.
-const LOG: &str = "info,mesh_derp=debug,mesh_control=debug,mesh_node=debug,mesh_nat=debug";
-const URL: &str = "http://203.0.113.2:8080";
-
-/// Three hosts around a router, with a coordinator running on the hub.
-struct Net {
-    // Dropped first to last: processes before the namespaces they live in.
-    _coordinator: Process,
-    hub: Host,
-    router: Host,
-    ours: Host,
-    theirs: Host,
-    _lab: Lab,
-}
-
-impl Net {
-    fn new(name: &str, relay_check: &[&str]) -> Self {
-        let mut lab = Lab::new(name);
-        let router = lab.router("r");
-        let (hub, ours, theirs) = (lab.host("hub"), lab.host("ours"), lab.host("theirs"));
-        lab.link((&hub, "eth0", "203.0.113.2/24"), (&router, "hub", "203.0.113.1/24"));
-        lab.link((&ours, "eth0", "198.51.100.2/24"), (&router, "ours", "198.51.100.1/24"));
-        lab.link((&theirs, "eth0", "192.0.2.2/24"), (&router, "theirs", "192.0.2.1/24"));
-        hub.sh("ip route add default via 203.0.113.1");
-        ours.sh("ip route add default via 198.51.100.1");
-        theirs.sh("ip route add default via 192.0.2.1");
-        router.sh("nft -f - <<X
-table inet lab {
-  counter between { }
-  set blocked { type inet_proto; }
-  chain forward {
-    type filter hook forward priority 0; policy accept;
-    ip saddr { 198.51.100.2, 192.0.2.2 } ip daddr { 198.51.100.2, 192.0.2.2 } meta l4proto @blocked drop
-    ip saddr { 198.51.100.2, 192.0.2.2 } ip daddr { 198.51.100.2, 192.0.2.2 } meta l4proto udp counter name between
-  }
-}
-X");
-        let state = hub.dir().join("state");
-        let mut coordinator = hub.spawn(
-            "coordinator",
-            hub.command(MESH)
-                .args(["coordinator", "--listen", "203.0.113.2:8080", "--url", URL])
-                .args(relay_check)
-                .args(["--stun", "203.0.113.2:3478", "--state-dir"])
-                .arg(&state)
-                .env("RUST_LOG", LOG),
-        );
-        coordinator.wait_line("ready", Duration::from_secs(10));
-        let net = Self { _coordinator: coordinator, hub, router, ours, theirs, _lab: lab };
-        net.admin("users create alice");
-        net
-    }
-
-    fn admin(&self, line: &str) -> Value {
-        let state = self.hub.dir().join("state");
-        let text = self.hub.sh(&format!("{MESH} admin --state-dir {} {line} -o json", state.display()));
-        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{line}: {error}: {text}"))
-    }
-
-    fn auth_key(&self, options: &str) -> String {
-        let answer = self.admin(&format!("keys create --user alice {options}"));
-        answer["key"].as_str().expect("a key").to_owned()
-    }
-
-    fn block_direct_udp(&self) {
-        self.router.sh("nft add element inet lab blocked '{ udp }'");
-    }
-
-    fn allow_direct_udp(&self) {
-        self.router.sh("nft flush set inet lab blocked");
-    }
-
-    /// Bytes of UDP that the router has let through between the two nodes since the last call. Bytes, because a
-    /// segmentation offload makes many packets look like one here.
-    fn direct_bytes(&self) -> u64 {
-        let text = self.router.sh("nft -j reset counter inet lab between");
-        let json: Value = serde_json::from_str(&text).unwrap();
-        let objects = json["nftables"].as_array().expect("a list of objects");
-        let counter = objects.iter().find_map(|object| object.get("counter")).expect("the counter");
-        counter["bytes"].as_u64().expect("a number of bytes")
-    }
-
-    /// Packets that the relay has handed on since it started.
-    fn relayed_packets(&self) -> u64 {
-        self.admin("relay")["packets_out"].as_u64().expect("the relay's counter")
-    }
-
-    /// Our node, up and running on a TUN device.
-    fn our_node(&self) -> OurNode<'_> {
-        let mut command = self.ours.command(MESH);
-        command.args(["daemon", "--tun", "mesh0", "--state-dir"]).arg(self.ours.dir().join("state"));
-        command.arg("--socket").arg(self.ours.dir().join("mesh.sock")).env("RUST_LOG", LOG);
-        let mut daemon = self.ours.spawn("daemon", &mut command);
-        daemon.wait_line("ready", Duration::from_secs(10));
-        let node = OurNode { _daemon: daemon, host: &self.ours };
-        node.mesh(&format!("up --login-server {URL} --auth-key {} --hostname ours --timeout 30s", self.auth_key("")));
-        node
-    }
-}
-
-struct OurNode<'a> {
-    _daemon: Process,
-    host: &'a Host,
-}
-
-impl OurNode<'_> {
-    fn mesh(&self, line: &str) -> String {
-        self.host.sh(&format!("{MESH} --socket {} {line}", self.host.dir().join("mesh.sock").display()))
-    }
-
-    fn status(&self) -> Value {
-        serde_json::from_str(&self.mesh("status --json")).unwrap()
-    }
-
-    fn ip(&self) -> String {
-        self.mesh("ip").split_whitespace().next().expect("an address").to_owned()
-    }
-
-    fn peer(&self, name: &str) -> Value {
-        eventually("the peer is in the status", Duration::from_secs(15), || {
-            let status = self.status();
-            let peers = status["peers"].as_array().cloned().unwrap_or_default();
-            peers.into_iter().find(|peer| peer["name"].as_str().is_some_and(|n| n.starts_with(name))).ok_or(status)
-        })
-    }
-}
+use lab::net::{Net, URL};
+use lab::{Host, Process, eventually};
 
 /// The official Go client inside Caddy, serving a page on its port 80 and proxying for us on 127.0.0.1:18080.
 fn start_go_client(net: &Net, name: &str) -> Process {

@@ -12,6 +12,8 @@
     reason = "what fails in the lab fails the test, and each test binary uses its part of it"
 )]
 
+pub(crate) mod net;
+
 use std::fmt::Debug;
 use std::fs::File;
 use std::io::Read;
