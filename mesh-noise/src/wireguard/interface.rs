@@ -308,6 +308,18 @@ impl<P: Clone + Eq + Debug> Interface<P> {
         }
     }
 
+    /// The way to this peer has changed, or its last initiation was reported as undeliverable: if a handshake is being
+    /// tried, tries again no later than `after` from now, though never within 50 ms of the last initiation.
+    ///
+    /// The whitepaper's five seconds between tries (§6.4) spare a path that is known to work; a peer that has just
+    /// appeared on its relay should not have to wait for them. Responders take up to 50 initiations a second.
+    pub fn retry_handshake(&mut self, now: Instant, peer: &NodePublic, after: Duration) {
+        if let Some(known) = self.peers.get_mut(peer) {
+            known.retry_handshake(now, after);
+            self.settle(now, peer);
+        }
+    }
+
     /// An [`Activity`] note returned true: looks at the peer's timers again.
     pub fn peer_active(&mut self, now: Instant, peer: &NodePublic) {
         self.settle(now, peer);

@@ -28,6 +28,9 @@ use super::{Activity, Reject, Session, Timer};
 use crate::key::{NodePublic, PresharedKey};
 use crate::noise::ikpsk2::TransportKeys;
 
+/// The least time between two initiations, whatever asks for them: responders count fifty a second as a flood.
+const MIN_INITIATION_INTERVAL: Duration = Duration::from_millis(50);
+
 /// A session with the time of its making.
 #[derive(Debug)]
 struct Live {
@@ -146,6 +149,14 @@ impl Peer {
         match &mut self.attempt {
             Some(attempt) => attempt.wanted = now,
             None => self.start_handshake(shared, now),
+        }
+    }
+
+    /// The last initiation may have gone nowhere: the next one need not wait for `REKEY-TIMEOUT`.
+    pub(super) fn retry_handshake(&mut self, now: Instant, after: Duration) {
+        let spaced = self.last_initiation.map_or(now, |last| last + MIN_INITIATION_INTERVAL);
+        if let Some(attempt) = &mut self.attempt {
+            attempt.next_try = attempt.next_try.min(spaced.max(now + after));
         }
     }
 

@@ -163,6 +163,13 @@ impl Pair {
         self.drain(from);
     }
 
+    /// Tells a node that the way to its peer has changed.
+    pub(crate) fn retry(&mut self, node: usize, after: Duration) {
+        let (now, peer) = (self.now, self.nodes[node].peer);
+        self.nodes[node].core.retry_handshake(now, &peer, after);
+        self.drain(node);
+    }
+
     /// Hands datagram bytes to a node as if they had just arrived from `source`.
     pub(crate) fn deliver(&mut self, to: usize, source: Address, mut datagram: Vec<u8>) -> Result<(), Reject> {
         let (now, node) = (self.now, &mut self.nodes[to]);

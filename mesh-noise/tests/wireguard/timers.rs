@@ -36,6 +36,26 @@ fn an_unanswered_initiation_is_repeated_after_5_s_with_jitter_and_given_up_after
 }
 
 #[test]
+fn a_way_that_is_found_hastens_the_next_try_but_never_within_50_ms() {
+    let mut pair = Pair::new();
+    pair.fate = Box::new(|_| Fate::Drop);
+    pair.send(A, b"ping");
+    for _ in 0..3 {
+        pair.retry(A, Duration::ZERO);
+    }
+    pair.run(secs(1));
+    assert_eq!(pair.initiations(A).len(), 2);
+    is_at(pair.initiations(A)[1], pair.initiations(A)[0] + millis(50));
+    pair.fate = Box::new(|_| Fate::Deliver);
+    pair.retry(A, millis(500));
+    pair.run(secs(1));
+    assert!(pair.nodes[A].sending().is_some(), "half a second later the handshake is done");
+    pair.retry(A, Duration::ZERO);
+    pair.run(secs(1));
+    assert_eq!(pair.initiations(A).len(), 3, "nothing is being tried, nothing is hastened");
+}
+
+#[test]
 fn the_initiator_rekeys_when_it_sends_after_120_s() {
     let mut pair = Pair::connected();
     pair.run(secs(119) - pair.elapsed());
