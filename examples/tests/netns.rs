@@ -22,6 +22,7 @@ mod lab;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use lab::{Host, Lab, Process, eventually, output};
@@ -65,10 +66,9 @@ impl End {
         if program == Program::Ours {
             process.wait_line("ready", Duration::from_secs(10));
         }
-        let socket = format!("/var/run/wireguard/{interface}.sock");
-        eventually("the control socket", Duration::from_secs(10), || match Path::new(&socket).exists() {
-            true => Ok(()),
-            false => Err("not there"),
+        eventually("the control socket", Duration::from_secs(10), || {
+            let shown = host.try_sh(&format!("wg show {interface}"));
+            if shown.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&shown.stderr).into_owned()) }
         });
         host.sh("umask 077; wg genkey > private");
         let public = host.sh("wg pubkey < private").trim().to_owned();
@@ -146,7 +146,10 @@ fn ping(host: &Host, to: &str, count: u32, interval: &str) -> u32 {
 
 /// Moves bytes over one TCP stream and returns bits per second as the receiver saw them.
 fn tcp(from: &Host, to: &Host, address: &str, how: &str) -> f64 {
-    let mut server = to.spawn("iperf3", to.command("iperf3").args(["-s", "-1", "--forceflush"]));
+    // A log of its own, so that the line waited for is this server's.
+    static SERVERS: AtomicUsize = AtomicUsize::new(0);
+    let name = format!("iperf3-{}", SERVERS.fetch_add(1, Ordering::Relaxed));
+    let mut server = to.spawn(&name, to.command("iperf3").args(["-s", "-1", "--forceflush"]));
     server.wait_line("Server listening", Duration::from_secs(5));
     let report = from.sh(&format!("iperf3 -c {address} -J {how}"));
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();

@@ -95,3 +95,6 @@ impl Error {
         move |source| Self::System { what, source }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,6 +36,14 @@ pub trait Device: Send + Sync + Debug {
         self.mtu()
     }
 
+    /// Looks again at what an administrator may have changed, the MTU; to be called now and then where that matters.
+    ///
+    /// # Errors
+    /// If the device is gone.
+    fn refresh(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Ends the device for all threads: blocked readers wake at once.
     fn close(&self);
 }

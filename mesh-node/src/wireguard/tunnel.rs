@@ -51,11 +51,11 @@ struct Peer {
     allowed: BTreeSet<IpNet>,
 }
 
-/// A running tunnel between a TUN device and WireGuard peers.
+/// A running tunnel between a device and WireGuard peers.
 #[derive(Debug)]
 pub struct Tunnel {
     clock: Clock,
-    device: Arc<Tun>,
+    device: Arc<dyn Device>,
     interface: Interface<Path>,
     plane: Dataplane,
     notices: Notices,
@@ -71,7 +71,7 @@ impl Tunnel {
     ///
     /// # Errors
     /// If the system refuses a socket or a thread.
-    pub fn start(device: Arc<Tun>, options: Options) -> Result<Self, Error> {
+    pub fn start(device: Arc<dyn Device>, options: Options) -> Result<Self, Error> {
         let clock = Clock::start();
         let mut rng = SeededRng::from_seed(options.seed);
         // Until a key is set the interface has one that nobody knows, and no peers.
@@ -80,7 +80,7 @@ impl Tunnel {
             Interface::new(clock.epoch(), clock.wall(clock.epoch()), &nobody, rng.array()).with_timing(options.timing);
         let sockets = bind(0, 0)?;
         let (plane, notices) = Dataplane::start(dataplane::Config {
-            device: Arc::clone(&device) as Arc<dyn Device>,
+            device: Arc::clone(&device),
             sockets: sockets.iter().map(|(id, socket)| (*id, Arc::clone(socket))).collect(),
             relay: Arc::new(NoRelay),
             flow_seed: rng.array(),
@@ -118,7 +118,7 @@ impl Tunnel {
                     self.interface.handle_timeout(now);
                 }
                 _ = look_around.tick() => {
-                    if serving.is_deleted() || self.device.refresh_mtu().is_err() {
+                    if serving.is_deleted() || self.device.refresh().is_err() {
                         return Ok(());
                     }
                 }

@@ -202,8 +202,7 @@ impl Peer {
         self.latest = Some(asked.timestamp);
         self.last_asked = Some(now);
 
-        let (timestamp_of, sender_index) = (asked.peer, asked.sender);
-        debug_assert_eq!(timestamp_of, self.public, "the interface looks up the peer by its key");
+        let sender_index = asked.sender;
         let index = shared.new_index(self.public);
         let (datagram, keys) = match asked.answer(now, &self.preshared, index, &mut self.stamper) {
             Ok(answer) => answer,

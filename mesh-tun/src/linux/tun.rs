@@ -104,16 +104,6 @@ impl Tun {
         self.index
     }
 
-    /// Looks up the MTU again, which an administrator may have changed. It counts no further than the packet size.
-    ///
-    /// # Errors
-    /// What the system says, `ENODEV` if the interface was deleted.
-    pub fn refresh_mtu(&self) -> io::Result<()> {
-        let mtu = usize::from(self.device.mtu()?).min(self.packet_size);
-        self.mtu.store(mtu, Ordering::Relaxed);
-        Ok(())
-    }
-
     /// How many packets the kernel did not take: malformed, or the interface is down.
     #[must_use]
     pub fn refused(&self) -> u64 {
@@ -174,6 +164,13 @@ impl Device for Tun {
 
     fn packet_size(&self) -> usize {
         self.packet_size
+    }
+
+    /// The MTU counts no further than the packet size.
+    fn refresh(&self) -> io::Result<()> {
+        let mtu = usize::from(self.device.mtu()?).min(self.packet_size);
+        self.mtu.store(mtu, Ordering::Relaxed);
+        Ok(())
     }
 
     fn close(&self) {
