@@ -27,7 +27,7 @@ impl ServiceDevice {
         let interceptor = Interceptor::start(names, inner.mtu())?;
         let (answers, device) = (interceptor.device(), Arc::clone(&inner));
         std::thread::Builder::new().name("mesh-dns".into()).spawn(move || {
-            let mut batch = Batch::new(BATCH, device.mtu());
+            let mut batch = Batch::new(BATCH, device.packet_size());
             loop {
                 batch.clear();
                 let read = answers.recv(BATCH, IDLE, |packet| {
@@ -62,6 +62,10 @@ impl Device for ServiceDevice {
 
     fn mtu(&self) -> usize {
         self.inner.mtu()
+    }
+
+    fn packet_size(&self) -> usize {
+        self.inner.packet_size()
     }
 
     fn close(&self) {
