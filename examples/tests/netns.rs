@@ -40,7 +40,7 @@ enum Program {
 
 /// One end of the tunnel.
 struct End {
-    _process: Process,
+    process: Process,
     host: Host,
     interface: String,
     public: String,
@@ -73,7 +73,7 @@ impl End {
         host.sh("umask 077; wg genkey > private");
         let public = host.sh("wg pubkey < private").trim().to_owned();
         host.sh(&format!("wg set {interface} private-key private listen-port {port}"));
-        Self { _process: process, host: host.clone(), interface, public, port }
+        Self { process, host: host.clone(), interface, public, port }
     }
 
     fn up(&self, number: u8) {
@@ -111,6 +111,13 @@ impl End {
 
     fn last_handshake(&self) -> u64 {
         self.show("latest-handshakes")[0].parse().unwrap()
+    }
+}
+
+impl Drop for End {
+    /// Asked to end, not killed: a killed process leaves its control socket behind, which all namespaces share.
+    fn drop(&mut self) {
+        self.process.terminate();
     }
 }
 
