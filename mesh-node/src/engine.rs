@@ -54,6 +54,8 @@ use crate::prefs::PathMode;
 
 /// How often activity words are read while sessions exist.
 const ACTIVITY_INTERVAL: Duration = Duration::from_secs(1);
+/// How soon a handshake is tried again with a peer that its relay does not know.
+const NOT_AT_RELAY: Duration = Duration::from_millis(300);
 
 #[derive(Debug)]
 struct Peer {
@@ -268,6 +270,20 @@ impl Engine {
     /// A relay connection has come up or gone down.
     pub fn set_relay_connected(&mut self, now: Instant, region: RegionId, connected: bool) {
         self.relays.set_connected(region, connected);
+        if connected {
+            let there = |peer: &&Peer| peer.path == Some(Path::Relay { region });
+            let waiting: Vec<_> = self.peers.values().filter(there).map(|peer| peer.view.node).collect();
+            for peer in waiting {
+                self.interface.retry_handshake(now, &peer, Duration::ZERO);
+            }
+        }
+        self.settle(now);
+    }
+
+    /// A relay says that `peer` is not connected to it. If a handshake is being tried, it is tried again soon: a node that
+    /// has just joined may be known to us a moment before it is known to its relay.
+    pub fn peer_not_at_relay(&mut self, now: Instant, peer: &NodePublic) {
+        self.interface.retry_handshake(now, peer, NOT_AT_RELAY);
         self.settle(now);
     }
 

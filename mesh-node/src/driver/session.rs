@@ -295,7 +295,10 @@ impl Session {
                 let hop = Hop { path: Path::Relay { region }, node: Some(source) };
                 self.engine.handle_datagram(now, &hop, &payload);
             }
-            RelayEvent::PeerGone { peer, .. } => tracing::debug!(%region, peer = peer.short(), "not at this relay"),
+            RelayEvent::PeerGone { peer, .. } => {
+                tracing::debug!(%region, peer = peer.short(), "not at this relay");
+                self.engine.peer_not_at_relay(now, &peer);
+            }
             RelayEvent::Health(problem) => {
                 if problem.is_empty() {
                     self.relay_problems.remove(&region);

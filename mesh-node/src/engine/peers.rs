@@ -1,7 +1,7 @@
 //! Peers: what each of them is, where its packets go, and whether there are any.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_nat::{Path, agent};
 use mesh_noise::key::{NodePublic, PresharedKey};
@@ -44,6 +44,8 @@ impl Engine {
         }
         if let Some(known) = self.peers.get_mut(&key) {
             known.view = view;
+            // What has changed may be that it can now be reached, or that it has just learnt of us.
+            self.interface.retry_handshake(now, &key, Duration::ZERO);
             return;
         }
         let config = wireguard::PeerConfig { preshared: PresharedKey::default(), persistent_keepalive: None };

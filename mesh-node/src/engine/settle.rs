@@ -1,6 +1,6 @@
 //! The drain rule, inwards: after any input, the inner cores are emptied and what depends on them is brought up to date.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_nat::report::Scope;
 use mesh_nat::{Path, agent, report};
@@ -12,9 +12,13 @@ use super::{ACTIVITY_INTERVAL, Command, Engine, Event, Hop, Transmit};
 impl Engine {
     /// Empties the inner cores after any input, then brings what depends on them up to date.
     pub(super) fn settle(&mut self, now: Instant) {
-        while self.drain_agent(now) | self.drain_interface(now) | self.drain_netcheck(now) {}
-        self.announce(now);
-        self.update_paths();
+        loop {
+            while self.drain_agent(now) | self.drain_interface(now) | self.drain_netcheck(now) {}
+            self.announce(now);
+            if !self.update_paths(now) {
+                break;
+            }
+        }
         if let Some(plan) = self.relays.poll_plan() {
             self.commands.push_back(Command::Relays(plan));
         }
@@ -25,14 +29,22 @@ impl Engine {
         }
     }
 
-    fn update_paths(&mut self) {
+    /// Tells the data plane where packets go now; returns whether that gave the others something to do.
+    fn update_paths(&mut self, now: Instant) -> bool {
+        let mut hastened = false;
         while let Some(key) = self.moved.pop_first() {
             let path = self.current_path(&key);
             let Some(peer) = self.peers.get_mut(&key).filter(|peer| peer.path != path) else { continue };
             peer.path = path;
             self.commands.push_back(Command::SetPath(key, path));
             self.events.push_back(Event::PathChanged { peer: key, path });
+            if path.is_some() {
+                // An initiation that had no way, or went the former one, is not worth waiting for.
+                self.interface.retry_handshake(now, &key, Duration::ZERO);
+                hastened = true;
+            }
         }
+        hastened
     }
 
     fn drain_agent(&mut self, now: Instant) -> bool {
