@@ -100,9 +100,9 @@ pub enum Command {
     Regions(Arc<DerpMap>),
     /// Control: tell it this.
     Announce(Announcement),
-    /// Measure this region over HTTPS, for UDP brings no answer, and call [`Engine::https_latency`].
+    /// Measure this region over HTTPS, for UDP brings no answer, and call [`Engine::https_latency`](super::Engine::https_latency).
     MeasureHttps(RegionId),
-    /// Look this host up and call [`Engine::resolved`].
+    /// Look this host up and call [`Engine::resolved`](super::Engine::resolved).
     Resolve(String),
     /// Data plane: give up the packets that wait for a session with this peer.
     GiveUp(NodePublic),
@@ -119,7 +119,7 @@ pub enum Event {
         /// The way; none if the peer cannot be reached.
         path: Option<Path>,
     },
-    /// A probe asked for with [`Engine::ping`] was answered.
+    /// A probe asked for with [`Engine::ping`](super::Engine::ping) was answered.
     PingAnswered {
         /// Which one.
         id: PingId,
@@ -128,7 +128,7 @@ pub enum Event {
         /// The round trip.
         latency: Duration,
     },
-    /// A probe asked for with [`Engine::ping`] was lost.
+    /// A probe asked for with [`Engine::ping`](super::Engine::ping) was lost.
     PingFailed {
         /// Which one.
         id: PingId,
