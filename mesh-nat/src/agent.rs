@@ -321,6 +321,15 @@ impl Agent {
         }
     }
 
+    /// We send to `peer` and hear nothing: asks at once whether its direct path still works, instead of at the next
+    /// heartbeat. Without an answer the path is given up after [`Timing::retries`]. Harmless while an answer is awaited.
+    pub fn suspect(&mut self, now: Instant, peer: &NodePublic) {
+        self.tick(now);
+        if self.mode != Mode::Relay && !self.timers.is_set(Timer::Retry(*peer)) {
+            self.check_best(*peer);
+        }
+    }
+
     /// Learns that `peer` was heard through the relay of `region`: the way of last resort to a peer without a home.
     pub fn heard_by_relay(&mut self, peer: &NodePublic, region: RegionId) {
         if let Some(state) = self.peers.get_mut(peer)

@@ -144,6 +144,13 @@ impl Agent {
         }
     }
 
+    /// Pings the path in use, if it is a direct one.
+    pub(super) fn check_best(&mut self, node: NodePublic) {
+        if let Some(best) = self.peers.get(&node).and_then(|peer| peer.best) {
+            self.ping_best(node, best);
+        }
+    }
+
     fn ping_best(&mut self, node: NodePublic, best: Target) {
         self.send_ping(node, best.into(), None, 0);
         let patience = self
