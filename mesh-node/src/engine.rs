@@ -45,7 +45,7 @@ use mesh_nat::agent::{self, Agent, PingId};
 use mesh_nat::report::{Netcheck, Report, Scope};
 use mesh_nat::{Class, Family, Path, classify};
 use mesh_noise::key::{DiscoPublic, NodePrivate, NodePublic};
-use mesh_noise::wireguard::Interface;
+use mesh_noise::wireguard::{self, Interface};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_core::Rng;
@@ -69,6 +69,8 @@ struct Peer {
     sessions: Vec<u32>,
     /// Milliseconds of the activity clock when data was last seen to be sent.
     last_sent: u64,
+    /// When its path was last doubted.
+    doubted: Option<Instant>,
 }
 
 /// One node's decisions. See the [module documentation](self).
@@ -84,6 +86,8 @@ pub struct Engine {
     local: Local,
     map: Arc<MapView>,
     peers: BTreeMap<NodePublic, Peer>,
+    /// Nodes that have asked for a session before control has told us of them.
+    strangers: BTreeMap<NodePublic, Instant>,
     relays: relays::Relays,
     report: Option<Box<Report>>,
     announced: Announcement,
@@ -126,6 +130,7 @@ impl Engine {
             local: Local::default(),
             map: Arc::default(),
             peers: BTreeMap::new(),
+            strangers: BTreeMap::new(),
             relays: relays::Relays::default(),
             report: None,
             announced: Announcement::default(),
@@ -228,9 +233,12 @@ impl Engine {
                 let source = agent::Source { path: from.path, node: from.node };
                 self.agent.handle_datagram(now, source, datagram).map_err(|reject| reject.to_string())
             }
-            Class::WireGuard => {
-                self.interface.handle_datagram(now, from, source, datagram).map_err(|reject| reject.to_string())
-            }
+            Class::WireGuard => self.interface.handle_datagram(now, from, source, datagram).map_err(|reject| {
+                if let (wireguard::Reject::UnknownPeer, Some(node)) = (reject, from.node) {
+                    self.note_stranger(now, node);
+                }
+                reject.to_string()
+            }),
             other => Err(format!("{other:?}")),
         };
         if let Err(reason) = outcome {

@@ -10,6 +10,15 @@ use mesh_noise::wireguard;
 use super::{Command, Engine, MapView, Peer, PeerView};
 use crate::prefs::PathMode;
 
+/// Sending for so long without hearing anything makes a direct path doubtful.
+const SILENCE_MS: u64 = 800;
+/// Strangers that are remembered at a time; further ones ask again by themselves.
+const MAX_STRANGERS: usize = 64;
+/// How long a stranger is remembered: as long as it waits until it asks again.
+const STRANGER_TIME: Duration = Duration::from_secs(5);
+/// A path is doubted no more often than stock nodes send heartbeats.
+const DOUBT_INTERVAL: Duration = Duration::from_secs(3);
+
 impl Engine {
     /// Brings the peers in line with the map.
     pub(super) fn set_peers(&mut self, now: Instant) {
@@ -50,8 +59,20 @@ impl Engine {
         }
         let config = wireguard::PeerConfig { preshared: PresharedKey::default(), persistent_keepalive: None };
         self.interface.set_peer(now, key, config);
-        let peer = Peer { view, path: None, heard_at: None, last_handshake: None, sessions: Vec::new(), last_sent: 0 };
+        let peer = Peer {
+            view,
+            path: None,
+            heard_at: None,
+            last_handshake: None,
+            sessions: Vec::new(),
+            last_sent: 0,
+            doubted: None,
+        };
         self.peers.insert(key, peer);
+        let asked = self.strangers.remove(&key);
+        if asked.is_some_and(|asked| now.saturating_duration_since(asked) < STRANGER_TIME) {
+            self.interface.want_session(now, &key);
+        }
     }
 
     fn remove_peer(&mut self, now: Instant, key: &NodePublic) {
@@ -63,6 +84,15 @@ impl Engine {
         }
         self.moved.remove(key);
         self.commands.push_back(Command::RemovePeer(*key));
+    }
+
+    /// A node that we do not know wants a session. If control introduces it soon, we ask it in turn, so that it need not
+    /// wait until it asks again.
+    pub(super) fn note_stranger(&mut self, now: Instant, node: NodePublic) {
+        self.strangers.retain(|_, asked| now.saturating_duration_since(*asked) < STRANGER_TIME);
+        if self.strangers.len() < MAX_STRANGERS {
+            self.strangers.insert(node, now);
+        }
     }
 
     /// Where packets to `peer` go now.
@@ -92,10 +122,11 @@ impl Engine {
         }
     }
 
-    /// Tells the agent who has been sent data since the last look. The regions of peers with live sessions stay
+    /// Tells the agent who has been sent data since the last look, and who has not answered it. The regions of peers with live sessions stay
     /// connected, so that the first packet after a pause finds a way.
     pub(super) fn read_activity(&mut self, now: Instant) {
-        let (mut active, mut relayed) = (Vec::new(), Vec::new());
+        let now_ms = self.interface.clock_ms(now);
+        let (mut active, mut relayed, mut doubtful) = (Vec::new(), Vec::new(), Vec::new());
         for (key, peer) in &mut self.peers {
             if peer.sessions.is_empty() {
                 continue;
@@ -108,10 +139,19 @@ impl Engine {
             if sent > peer.last_sent {
                 peer.last_sent = sent;
                 active.push(*key);
+                let silent = now_ms.saturating_sub(activity.last_received()) > SILENCE_MS;
+                let doubted = peer.doubted.is_some_and(|last| now.saturating_duration_since(last) < DOUBT_INTERVAL);
+                if silent && !doubted {
+                    peer.doubted = Some(now);
+                    doubtful.push(*key);
+                }
             }
         }
         for key in active {
             self.note_traffic(now, &key);
+        }
+        for key in doubtful {
+            self.agent.suspect(now, &key);
         }
         for key in relayed {
             self.note_relay_use(now, &key);
