@@ -31,7 +31,7 @@ mod verify;
 
 #[cfg(feature = "server")]
 pub use server::ServerTls;
-use verify::{AnyVerifier, NamedVerifier, PinVerifier};
+use verify::{AnyVerifier, ListedVerifier, NamedVerifier, PinVerifier};
 
 /// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -103,12 +103,13 @@ impl ClientTls {
         Self::with_roots(read_certificates(path)?)
     }
 
-    /// Trusts further certificates as well.
+    /// Trusts further certificates as well: those that they have signed, and themselves as a server's.
     ///
     /// # Errors
     /// If one of them is no certificate.
     pub fn with_roots(extra: Vec<CertificateDer<'static>>) -> Result<Self, TlsError> {
         let provider = provider();
+        let listed = extra.clone();
         let system = rustls_platform_verifier::Verifier::new(Arc::clone(&provider));
         let roots: Arc<dyn ServerCertVerifier> = match system {
             Ok(verifier) if extra.is_empty() => Arc::new(verifier),
@@ -123,7 +124,8 @@ impl ClientTls {
                 built.map_err(|error| TlsError::Rustls(rustls::Error::General(error.to_string())))?
             }
         };
-        Ok(Self { roots: Some(roots), provider })
+        let listed: Arc<dyn ServerCertVerifier> = Arc::new(ListedVerifier::new(&listed, roots, &provider));
+        Ok(Self { roots: Some(listed), provider })
     }
 
     /// No TLS at all: relays are spoken to over plain HTTP. For tests and for links that are secured otherwise.
