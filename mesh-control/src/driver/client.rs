@@ -19,6 +19,7 @@ mod dial;
 mod exchange;
 
 pub use crate::client::{ControlEvent, Registered};
+pub use dial::check_url;
 use dial::{Dialed, Dialer, Server};
 use exchange::Exchange;
 

@@ -40,6 +40,14 @@ pub(super) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
+/// Whether `url` can be a coordinator's; asks nobody.
+///
+/// # Errors
+/// What is wrong with it, for people.
+pub fn check_url(url: &str) -> Result<(), &'static str> {
+    Server::read(url.trim_end_matches('/')).map(drop)
+}
+
 /// Where the coordinator is.
 #[derive(Debug, Clone)]
 pub(super) struct Server {
@@ -54,19 +62,22 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn parse(url: &str) -> Result<Self, Problem> {
         let url = url.trim_end_matches('/');
-        let wrong = |reason: &str| Problem::NotACoordinator { url: url.to_owned(), reason: reason.to_owned() };
-        let uri: Uri = url.parse().map_err(|_| wrong("this is no URL"))?;
+        Self::read(url).map_err(|reason| Problem::NotACoordinator { url: url.to_owned(), reason: reason.to_owned() })
+    }
+
+    fn read(url: &str) -> Result<Self, &'static str> {
+        let uri: Uri = url.parse().map_err(|_| "this is no URL")?;
         let tls = match uri.scheme_str() {
             Some("http") => false,
             Some("https") => true,
-            Some(_) | None => return Err(wrong("expected a URL that begins with http:// or https://")),
+            Some(_) | None => return Err("expected a URL that begins with http:// or https://"),
         };
-        let authority = uri.authority().ok_or_else(|| wrong("the URL names no host"))?;
+        let authority = uri.authority().ok_or("the URL names no host")?;
         if authority.as_str().contains('@') {
-            return Err(wrong("the URL must not contain a user name"));
+            return Err("the URL must not contain a user name");
         }
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-            return Err(wrong("the URL must end after host and port"));
+            return Err("the URL must end after host and port");
         }
         Ok(Self {
             url: url.to_owned(),
@@ -91,9 +102,25 @@ impl Server {
             return Problem::Channel(channel.clone());
         }
         if let Some(rustls::Error::InvalidCertificate(reason)) = inner.and_then(|inner| inner.downcast_ref()) {
-            return Problem::Certificate { url: self.url.clone(), reason: format!("{reason:?}") };
+            return Problem::Certificate { url: self.url.clone(), reason: certificate_reason(reason) };
         }
         self.unreachable(error.to_string())
+    }
+}
+
+/// Why a certificate is refused, with what to do about it where something can be done.
+fn certificate_reason(reason: &rustls::CertificateError) -> String {
+    use rustls::CertificateError as Reason;
+    match reason {
+        Reason::UnknownIssuer => {
+            "no authority that this machine trusts has signed it; name the certificate or its authority with the \
+             daemon's --ca-file"
+                .to_owned()
+        }
+        Reason::NotValidForName | Reason::NotValidForNameContext { .. } => {
+            "it is for another name or address; use the one that it is for in the URL".to_owned()
+        }
+        other => format!("{other}"),
     }
 }
 
