@@ -82,14 +82,15 @@ impl Coordinator {
     pub async fn start(config: Config) -> Result<Self, Error> {
         listen::state_dir(&config.state_dir)?;
         let (host, port) = host_and_port(&config.url)?;
+        // First, because it locks the state directory: another coordinator's certificate must not be replaced.
+        let wanted = control::Config::new(&config.state_dir, &config.url);
+        let control = control::Coordinator::start(wanted).map_err(|error| Error::Setting(error.to_string()))?;
         let (tls, pin) =
             listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen).map_err(tls)?;
 
         let place = Place { region: config.region_id, host, port, listen: &config.listen, stun: &config.stun };
         let own_region = config.relay.then(|| own_region(&place, pin, config.insecure_relay_for_tests));
-        let mut wanted = control::Config::new(&config.state_dir, &config.url);
-        wanted.derp_map = with_own(config.derp_map, own_region.as_ref());
-        let control = control::Coordinator::start(wanted).map_err(|error| Error::Setting(error.to_string()))?;
+        control.set_derp_map(with_own(config.derp_map, own_region.as_ref()));
 
         let relay = if config.relay {
             let key = relay::load_or_generate_key(&config.state_dir)
@@ -103,9 +104,7 @@ impl Coordinator {
         };
 
         let tls = tls.config(relay.as_deref().map(RelayServer::public)).map_err(self::tls)?;
-        let acceptor = Acceptor::bind(&config.listen, Some(tls))
-            .await
-            .map_err(|source| listen::listen_error("HTTP and TLS", &config.listen, source))?;
+        let acceptor = Acceptor::from_listeners(listen::tcp(&config.listen).await?, Some(tls));
         let mut accepting = JoinSet::new();
         listen::stun(&config.stun, &mut accepting).await?;
         let connections = TaskTracker::new();

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use mesh_control::driver::client::check_url;
 use mesh_derp::tls::ClientTls;
 use mesh_noise::key::{MachinePrivate, NodePublic};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -250,33 +251,42 @@ impl Driver {
     }
 
     fn up(&mut self, options: UpOptions) -> Result<(), Error> {
-        let before = self.prefs.clone();
+        let mut wanted = self.prefs.clone();
+        wanted.want_running = true;
         if let Some(url) = options.control_url {
-            self.prefs.control_url = Some(url);
+            check_url(&url).map_err(|why| Error::Setting(format!("--login-server {url:?}: {why}")))?;
+            wanted.control_url = Some(url);
         }
         if let Some(hostname) = options.hostname {
-            self.prefs.hostname = Some(hostname);
+            wanted.hostname = Some(hostname).filter(|name| !name.is_empty());
         }
-        self.prefs.want_running = true;
-        if self.prefs.control_url.is_none() {
-            self.prefs = before;
+        if wanted.control_url.is_none() {
             return Err(Error::Setting("which coordinator? name its URL (--login-server)".to_owned()));
         }
-        let moved = before.control_url.is_some() && before.control_url != self.prefs.control_url;
-        if options.fresh_key || moved {
-            self.end_session();
-            self.state.forget_registration()?;
-        }
-        if before == self.prefs
-            && self.session.as_ref().is_some_and(|session| session.goes_on(options.auth_key.is_some()))
-        {
+        let moved = self.prefs.control_url.is_some() && self.prefs.control_url != wanted.control_url;
+        let goes_on = |session: &Session| session.goes_on(options.auth_key.is_some());
+        if !options.fresh_key && wanted == self.prefs && self.session.as_ref().is_some_and(goes_on) {
             return Ok(());
         }
         self.end_session();
-        self.state.set_prefs(&self.prefs)?;
-        let session = Session::start(self, options.auth_key)?;
-        self.session = Some(session);
-        self.set_state(NodeState::STARTING);
+        // Another URL may lead to the same coordinator, and a mistyped one to none: only who brings a key, or asks to
+        // sign in anew, gives the old registration up.
+        let forget = options.fresh_key || (moved && options.auth_key.is_some());
+        let started = self.start_session(wanted, forget, options.auth_key);
+        self.set_state(match &started {
+            Ok(()) => NodeState::STARTING,
+            Err(error) => NodeState::Stopped { error: Some(error.to_string()) },
+        });
+        started
+    }
+
+    fn start_session(&mut self, wanted: Prefs, forget: bool, auth_key: Option<String>) -> Result<(), Error> {
+        if forget {
+            self.state.forget_registration()?;
+        }
+        self.state.set_prefs(&wanted)?;
+        self.prefs = wanted;
+        self.session = Some(Session::start(self, auth_key)?);
         Ok(())
     }
 

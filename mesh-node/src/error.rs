@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Why an operation of a [`Node`](crate::node::Node) failed. Each message says what to do where something can be done.
 #[derive(Debug, thiserror::Error)]
@@ -12,7 +13,7 @@ pub enum Error {
     #[error(transparent)]
     State(#[from] crate::state::StateError),
     /// A UDP port, a proxy port or the local socket is taken.
-    #[error("cannot listen on {what}: {source}; choose another port or stop what uses it")]
+    #[error("cannot listen on {what}: {source}{}", listen_hint(source))]
     Listen {
         /// What was to be opened.
         what: String,
@@ -57,8 +58,8 @@ pub enum Error {
     #[error("the node is not up: {0}")]
     NotRunning(String),
     /// Nothing came back in time.
-    #[error("no answer within {0:?}")]
-    Timeout(std::time::Duration),
+    #[error("no answer within {:.0?}", whole(*.0))]
+    Timeout(Duration),
     /// The peer did not take the connection.
     #[error("cannot connect to {to}: {source}")]
     Dial {
@@ -70,4 +71,37 @@ pub enum Error {
     /// The node has been shut down.
     #[error("the node has been shut down")]
     ShutDown,
+}
+
+fn listen_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; choose another port or stop what uses it",
+        io::ErrorKind::AddrNotAvailable => "; choose an address that this host has",
+        io::ErrorKind::PermissionDenied => "; choose a port from 1024 up, or run as root",
+        _ => "",
+    }
+}
+
+/// `timeout` without the fraction that is left of it after other work.
+pub(crate) fn whole(timeout: Duration) -> Duration {
+    if timeout < Duration::from_secs(1) { timeout } else { Duration::from_secs_f64(timeout.as_secs_f64().round()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_listener_says_what_to_do_about_its_reason() {
+        let line = |kind: io::ErrorKind| Error::Listen { what: "[::1]:80".to_owned(), source: kind.into() }.to_string();
+        assert!(line(io::ErrorKind::AddrInUse).ends_with("stop what uses it"));
+        assert!(line(io::ErrorKind::AddrNotAvailable).ends_with("an address that this host has"));
+        assert!(line(io::ErrorKind::PermissionDenied).ends_with("run as root"));
+    }
+
+    #[test]
+    fn a_timeout_is_told_as_it_was_asked_for() {
+        assert_eq!(Error::Timeout(Duration::from_millis(9_874)).to_string(), "no answer within 10s");
+        assert_eq!(Error::Timeout(Duration::from_millis(300)).to_string(), "no answer within 300ms");
+    }
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use mesh_derp::map::{DerpNode, RegionId};
 use mesh_derp::tls::{ServerTls, TlsError};
 use mesh_nat::driver::StunServer;
+use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::error::Error;
@@ -93,10 +94,20 @@ pub(crate) fn certificate(
     Ok((tls, Some(pin)))
 }
 
+/// Listens on each address; an error names the one that could not be had.
+pub(crate) async fn tcp(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, Error> {
+    let mut listeners = Vec::with_capacity(addresses.len());
+    for address in addresses {
+        let listener = TcpListener::bind(address).await;
+        listeners.push(listener.map_err(|source| listen_error("HTTP and TLS", *address, source))?);
+    }
+    Ok(listeners)
+}
+
 /// Starts a STUN responder on each address.
 pub(crate) async fn stun(addresses: &[SocketAddr], tasks: &mut JoinSet<()>) -> Result<(), Error> {
     for address in addresses {
-        let server = StunServer::bind(*address).await.map_err(|source| listen_error("STUN", &[*address], source))?;
+        let server = StunServer::bind(*address).await.map_err(|source| listen_error("STUN", *address, source))?;
         tasks.spawn(async move { match server.run().await {} });
     }
     Ok(())
@@ -110,9 +121,8 @@ pub(crate) fn state_dir(path: &Path) -> Result<(), Error> {
 }
 
 /// Says which address could not be had.
-pub(crate) fn listen_error(what: &str, addresses: &[SocketAddr], source: io::Error) -> Error {
-    let all: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-    Error::Listen { what: format!("{} ({what})", all.join(", ")), source }
+fn listen_error(what: &str, address: SocketAddr, source: io::Error) -> Error {
+    Error::Listen { what: format!("{address} ({what})"), source }
 }
 
 #[cfg(test)]

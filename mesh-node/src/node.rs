@@ -169,7 +169,8 @@ impl Node {
             Err(_) => match &*states.borrow() {
                 NodeState::Starting { error: Some(error), .. } => Err(Error::Refused(error.clone())),
                 NodeState::NeedsLogin { url } => {
-                    Err(Error::Refused(format!("nobody has approved this node within {timeout:?}: {url}")))
+                    let waited = crate::error::whole(timeout);
+                    Err(Error::Refused(format!("nobody has approved this node within {waited:.0?}: {url}")))
                 }
                 NodeState::Starting { error: None, .. } | NodeState::Stopped { .. } | NodeState::Running => {
                     Err(Error::Timeout(timeout))

@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
 use crate::listen::{self, CertificateFiles, Place};
+use crate::state::StateDir;
 
 /// The region of a relay that was not told one.
 pub const DEFAULT_REGION: RegionId = match RegionId::new(901) {
@@ -72,8 +73,13 @@ impl Config {
 /// # Errors
 /// If state directory or certificate cannot be used.
 pub fn describe(config: &Config) -> Result<DerpNode, Error> {
-    listen::state_dir(&config.state_dir)?;
     let first = config.first()?;
+    if first.ip().is_unspecified() {
+        let problem =
+            format!("no node can connect to {}: list an address of this host first, to be published", first.ip());
+        return Err(Error::Setting(problem));
+    }
+    listen::state_dir(&config.state_dir)?;
     let host = first.ip().to_string();
     let (_, pin) = listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen)
         .map_err(|error| Error::Tls(error.to_string()))?;
@@ -88,6 +94,7 @@ pub struct Relay {
     server: Arc<RelayServer>,
     accepting: JoinSet<()>,
     connections: TaskTracker,
+    _state: StateDir,
 }
 
 impl Relay {
@@ -96,7 +103,7 @@ impl Relay {
     /// # Errors
     /// One line that says what to do.
     pub async fn start(config: Config) -> Result<Self, Error> {
-        listen::state_dir(&config.state_dir)?;
+        let state = StateDir::open(&config.state_dir)?;
         let host = config.first()?.ip().to_string();
         let (tls, _) = listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen)
             .map_err(|error| Error::Tls(error.to_string()))?;
@@ -108,9 +115,7 @@ impl Relay {
         }
         let server = RelayServer::new(key, settings);
         let tls = tls.config(Some(server.public())).map_err(|error| Error::Tls(error.to_string()))?;
-        let mut acceptor = Acceptor::bind(&config.listen, Some(tls))
-            .await
-            .map_err(|source| listen::listen_error("HTTP and TLS", &config.listen, source))?;
+        let mut acceptor = Acceptor::from_listeners(listen::tcp(&config.listen).await?, Some(tls));
         let mut accepting = JoinSet::new();
         listen::stun(&config.stun, &mut accepting).await?;
         let connections = TaskTracker::new();
@@ -121,7 +126,7 @@ impl Relay {
                 tracker.spawn(Arc::clone(&relay).serve(incoming.stream, incoming.head, incoming.peer_addr));
             }
         });
-        Ok(Self { server, accepting, connections })
+        Ok(Self { server, accepting, connections, _state: state })
     }
 
     /// The relay itself, with its counters.
@@ -166,16 +171,14 @@ impl Verify {
             .header(hyper::header::HOST, &self.authority)
             .header(hyper::header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(serde_json::to_vec(&question)?)))?;
-        let exchange = async {
+        // The connection ends when the exchange drops its sender; an answer that came before an early end still counts.
+        let exchange = async move {
             let answer = sender.send_request(request).await?;
             let body = Limited::new(answer.into_body(), 64 * 1024).collect().await?;
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(body.to_bytes())
         };
-        let body = tokio::select! {
-            body = exchange => body?,
-            ended = connection => return Err(ended.err().map_or_else(|| "closed without an answer".into(), Into::into)),
-        };
-        Ok(mesh_derp::json::from_slice::<RelayAdmission>(&body)?.allow)
+        let (body, _) = tokio::join!(exchange, connection);
+        Ok(mesh_derp::json::from_slice::<RelayAdmission>(&body?)?.allow)
     }
 }
 

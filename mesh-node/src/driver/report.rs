@@ -35,6 +35,7 @@ impl Driver {
         if let Some(problem) = &session.control_problem {
             health.push(format!("coordinator: {problem}"));
         }
+        health.extend(session.clock_problem.clone());
         health
             .extend(session.relay_problems.iter().map(|(region, problem)| format!("relay region {region}: {problem}")));
         if let Some(netmap) = &session.netmap {

@@ -70,6 +70,7 @@ pub(crate) struct Session {
     state: NodeState,
     pub(super) control_connected: bool,
     pub(super) control_problem: Option<String>,
+    pub(super) clock_problem: Option<String>,
     pub(super) relay_problems: BTreeMap<RegionId, String>,
     accepted_keys: Option<(NodePrivate, Option<MachinePublic>)>,
     directory: Option<Directory>,
@@ -141,6 +142,7 @@ impl Session {
             state: NodeState::STARTING,
             control_connected: false,
             control_problem: None,
+            clock_problem: None,
             relay_problems: BTreeMap::new(),
             accepted_keys: None,
             directory: None,
@@ -239,7 +241,12 @@ impl Session {
             ControlEvent::Error(problem) => self.refused(problem),
             ControlEvent::ClockSkew { by, ahead } => {
                 let direction = if ahead { "ahead of" } else { "behind" };
-                tracing::warn!(seconds = by.as_secs(), "this machine's clock is {direction} the coordinator's: set it");
+                let warning = format!(
+                    "this machine's clock is {} {direction} the coordinator's: set it, then restart this node",
+                    span(by)
+                );
+                tracing::warn!("{warning}");
+                self.clock_problem = Some(warning);
             }
             ControlEvent::OpenBrowser(url) => tracing::info!(url, "the coordinator asks you to open this page"),
             ControlEvent::LoggedOut(_) => self.state = NodeState::Stopped { error: None },
@@ -474,6 +481,17 @@ fn path_kind(path: &Path) -> &'static str {
 fn likely_family(region: &DerpRegion) -> Family {
     let v4 = region.relays().any(|node| !matches!(node.v4(), FamilyAddress::Disabled));
     if v4 { Family::V4 } else { Family::V6 }
+}
+
+/// A time in its largest unit.
+fn span(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..120 => format!("{seconds} seconds"),
+        120..7_200 => format!("{} minutes", seconds / 60),
+        7_200..172_800 => format!("{} hours", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    }
 }
 
 /// The names that MagicDNS answers.

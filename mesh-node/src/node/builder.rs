@@ -206,6 +206,9 @@ impl Builder {
             prefs.path_mode = mode;
         }
         let machine = state.machine_key(&mut system_rng())?;
+        // Damage is told now, not when somebody runs `mesh up`.
+        state.node_key()?;
+        state.control_key()?;
         let relay_tls = match &self.ca_file {
             Some(path) => ClientTls::with_ca_file(path),
             None => ClientTls::system(),
@@ -213,6 +216,7 @@ impl Builder {
         let relay_tls = relay_tls.map_err(|error| Error::Tls(error.to_string()))?;
         let clock = Clock::start();
         let sockets = Sockets::bind(self.port)?;
+        self.check_proxies()?;
         let names = Names::default();
         let Opened { device, netstack, tun, name } = self.open_device(&names)?;
         let (relay_sender, stop) = (RelaySender::default(), CancellationToken::new());
@@ -271,10 +275,25 @@ impl Builder {
         Ok(node)
     }
 
+    fn wants_proxies(&self) -> bool {
+        self.socks5.is_some() || self.http_proxy.is_some()
+    }
+
+    fn check_proxies(&self) -> Result<(), Error> {
+        if self.wants_proxies() && matches!(self.device, Device::Tun(_)) {
+            return Err(Error::Setting(
+                "a node with a TUN device needs no proxy: leave --socks5 and --http-proxy out, or use --tun userspace"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
     fn open_device(&self, names: &Names) -> Result<Opened, Error> {
         match &self.device {
             Device::Userspace => self.open_userspace(),
             Device::Tun(name) => open_tun(name, names),
+            Device::Auto(_) if self.wants_proxies() => self.open_userspace(),
             Device::Auto(name) => match open_tun(name, names) {
                 Err(Error::Tun(error @ (mesh_tun::Error::NoPermission { .. } | mesh_tun::Error::NoTun))) => {
                     tracing::info!(%error, "running in userspace mode");
@@ -323,14 +342,7 @@ impl Builder {
         names: &Names,
         stop: &CancellationToken,
     ) -> Result<Serving, Error> {
-        let Some(netstack) = netstack else {
-            if self.socks5.is_some() || self.http_proxy.is_some() {
-                return Err(Error::Setting(
-                    "a node with a TUN device needs no proxy: leave --socks5 and --http-proxy out".to_owned(),
-                ));
-            }
-            return Ok(Serving::default());
-        };
+        let Some(netstack) = netstack else { return Ok(Serving::default()) };
         for address in [SERVICE_V4.into(), SERVICE_V6.into()] {
             let (netstack, names) = (netstack.clone(), names.clone());
             run_until(stop, async move {
