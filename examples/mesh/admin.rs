@@ -80,11 +80,10 @@ fn create_key(wanted: KeysCreate) -> CreateKey {
 struct Printer(Format);
 
 impl Printer {
-    #[expect(clippy::print_stdout, reason = "printing is what this type is for")]
     fn one<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
         match self.0 {
-            Format::Json => println!("{}", serde_json::to_string(value)?),
-            Format::Text => println!("{}", text(value)),
+            Format::Json => output::print(&serde_json::to_string(value)?)?,
+            Format::Text => output::print(&text(value))?,
         }
         Ok(())
     }
@@ -112,7 +111,7 @@ fn keys_table(keys: &[KeyInfo]) -> String {
 
 fn nodes_table(nodes: &[NodeInfo]) -> String {
     table(
-        ["ID", "NAME", "USER", "ADDRESS", "OS", "ONLINE", "LAST SEEN"],
+        ["ID", "NAME", "OWNER", "ADDRESS", "OS", "ONLINE", "LAST SEEN"],
         nodes.iter().map(|node| {
             let online = match (node.expired, node.online) {
                 (true, _) => "expired",
@@ -121,7 +120,8 @@ fn nodes_table(nodes: &[NodeInfo]) -> String {
             };
             let seen = node.last_seen.as_ref().map_or_else(|| "-".to_owned(), text);
             let address = node.addresses.first().map_or_else(|| "-".to_owned(), text);
-            [text(node.id), node.name.clone(), node.user.clone(), address, node.os.clone(), online.to_owned(), seen]
+            let owner = if node.tags.is_empty() { node.user.clone() } else { node.tags.join(" ") };
+            [text(node.id), node.name.clone(), owner, address, node.os.clone(), online.to_owned(), seen]
         }),
     )
 }

@@ -186,7 +186,7 @@ pub(crate) struct Ping {
     /// A peer's name or mesh address.
     pub(crate) peer: String,
     /// How many answers to wait for.
-    #[arg(short, default_value_t = 1, value_name = "N")]
+    #[arg(short, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) count: u32,
     /// Go on until the direct path answers.
     #[arg(long)]

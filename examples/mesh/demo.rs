@@ -29,7 +29,6 @@ const PAGE_PORT: u16 = 80;
 const PAGE_LEN: usize = 1_000_000;
 
 /// Runs the demonstration.
-#[expect(clippy::print_stdout, reason = "the demonstration tells what it does")]
 pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
     let started = now();
     let dir = tempfile::Builder::new().prefix("mesh-demo-").tempdir()?;
@@ -37,7 +36,7 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
 
     let coordinator = start_coordinator(&state_dir).await?;
     let url = coordinator.url().to_owned();
-    println!("coordinator  {url}, relay and STUN inside");
+    output::print(&format!("coordinator  {url}, relay and STUN inside"))?;
 
     let operator = Operator::new(&state_dir);
     for user in ["anna", "bert"] {
@@ -47,18 +46,18 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
     let bert = start_node(&operator, &url, "bert", dir.path()).await?;
     for (name, node) in [("anna", &anna), ("bert", &bert)] {
         let addresses: Vec<String> = node.addresses().iter().map(ToString::to_string).collect();
-        println!("node {name}    {}", addresses.join(", "));
+        output::print(&format!("node {name}    {}", addresses.join(", ")))?;
     }
     let took = started.elapsed().as_secs_f64();
-    println!("\nup after {took:.1} s; now bert asks for a page on anna's port {PAGE_PORT}\n");
+    output::print(&format!("\nup after {took:.1} s; now bert asks for a page on anna's port {PAGE_PORT}\n"))?;
     serve_page(&anna)?;
 
     let by_relay = leg(&anna, &bert, PathMode::Relay, PathKind::Relay).await.context("by the relay")?;
-    println!("{by_relay}");
+    output::print(&format!("{by_relay}"))?;
     let direct = leg(&anna, &bert, PathMode::Auto, PathKind::Direct).await.context("directly")?;
-    println!("{direct}");
+    output::print(&format!("{direct}"))?;
 
-    println!("{}\n", output::status(&bert.status().await?));
+    output::print(&format!("{}\n", output::status(&bert.status().await?)))?;
     let key = operator
         .create_key(&CreateKey {
             user: "bert".to_owned(),
@@ -67,18 +66,20 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
             ..CreateKey::default()
         })
         .await?;
-    println!("A third node joins like this, while `mesh demo --keep` runs:");
-    println!("  mesh daemon --state-dir /tmp/third --socket /tmp/third.sock --tun userspace --socks5 127.0.0.1:1055");
-    println!(
+    output::print("A third node joins like this, while `mesh demo --keep` runs:")?;
+    output::print(
+        "  mesh daemon --state-dir /tmp/third --socket /tmp/third.sock --tun userspace --socks5 127.0.0.1:1055",
+    )?;
+    output::print(&format!(
         "  mesh --socket /tmp/third.sock up --login-server {url} --hostname third --auth-key {}",
         key.key.as_deref().unwrap_or("(ask `mesh admin keys create`)")
-    );
-    println!("  curl --proxy socks5h://127.0.0.1:1055 http://anna/");
+    ))?;
+    output::print("  curl --proxy socks5h://127.0.0.1:1055 http://anna/")?;
 
     if options.keep {
         let socket = dir.path().join("bert.sock");
         let _api = LocalApi::start(&socket, bert.clone()).await?;
-        println!("\nrunning until interrupted; `mesh --socket {} status` asks bert", socket.display());
+        output::print(&format!("\nrunning until interrupted; `mesh --socket {} status` asks bert", socket.display()))?;
         tokio::signal::ctrl_c().await?;
     }
     bert.shutdown().await;

@@ -1,5 +1,4 @@
 //! `mesh`: parses arguments, prints, and calls the libraries. Whatever knows a protocol lives in them.
-#![expect(clippy::print_stdout, reason = "printing is what this program is for")]
 
 mod admin;
 mod cli;
@@ -26,11 +25,18 @@ fn main() -> ExitCode {
     };
     match runtime.block_on(run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has read enough: `mesh status | head -1`.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mesh: {error:#}");
+            eprintln!("mesh: {}", output::error(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<output::StdoutError>();
+    io.is_some_and(|error| error.0.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {

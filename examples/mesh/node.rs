@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use mesh_derp::tls::ClientTls;
-use mesh_node::local_api::{Client, PingRequest, Pong, SetRequest, UpRequest, UpResponse, Via};
+use mesh_node::local_api::{Client, ClientError, PingRequest, Pong, SetRequest, UpRequest, UpResponse, Via};
 use mesh_node::netcheck::NetcheckReport;
 use serde_json::json;
 
@@ -15,6 +15,13 @@ use crate::{cli, output};
 const UP_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long `up` waits for a person who has been shown a URL, when it is not told.
 const APPROVAL_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+
+/// How the daemon says that nothing came back in time.
+const NO_ANSWER: u16 = 504;
+/// How the daemon says that it knows no such peer.
+const UNKNOWN_PEER: u16 = 404;
+/// How long a peer that joins may take to be known here.
+const JOINING: Duration = Duration::from_secs(2);
 
 /// Whether to keep the node key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +49,7 @@ pub(crate) async fn up(socket: PathBuf, options: cli::Up, sign_in: SignIn) -> an
     };
     if let Some(url) = reached.auth_url.clone() {
         if options.json {
-            println!("{}", json!({ "auth_url": url }));
+            output::print(&json!({ "auth_url": url }).to_string())?;
         } else {
             output::sign_in(&url)?;
         }
@@ -57,10 +64,10 @@ fn report_up(reached: &UpResponse, as_json: bool) -> anyhow::Result<()> {
         bail!("the node is not up: {}", output::state(&reached.state));
     }
     if as_json {
-        println!("{}", serde_json::to_string(reached)?);
+        output::print(&serde_json::to_string(reached)?)?;
     } else {
         let addresses: Vec<String> = reached.addresses.iter().map(ToString::to_string).collect();
-        println!("up: {}", addresses.join(", "));
+        output::print(&format!("up: {}", addresses.join(", ")))?;
     }
     Ok(())
 }
@@ -79,9 +86,9 @@ pub(crate) async fn logout(socket: PathBuf) -> anyhow::Result<()> {
 pub(crate) async fn status(socket: PathBuf, options: &cli::Status) -> anyhow::Result<()> {
     let status = Client::new(socket).status().await?;
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&status)?);
+        output::print(&serde_json::to_string_pretty(&status)?)?;
     } else {
-        println!("{}", output::status(&status));
+        output::print(&output::status(&status))?;
     }
     Ok(())
 }
@@ -102,7 +109,7 @@ pub(crate) async fn ip(socket: PathBuf, peer: Option<String>) -> anyhow::Result<
         }
     };
     for address in addresses {
-        println!("{address}");
+        output::print(&address.to_string())?;
     }
     Ok(())
 }
@@ -110,7 +117,8 @@ pub(crate) async fn ip(socket: PathBuf, peer: Option<String>) -> anyhow::Result<
 /// `mesh ping`. Ends well if a peer answered; with `--until-direct` only if it answered on the direct path.
 pub(crate) async fn ping(socket: PathBuf, options: cli::Ping) -> anyhow::Result<()> {
     let client = Client::new(socket);
-    let deadline = now() + options.timeout;
+    let started = now();
+    let deadline = started + options.timeout;
     let mut answers = 0;
     let mut last_refusal = None;
     loop {
@@ -132,24 +140,34 @@ pub(crate) async fn ping(socket: PathBuf, options: cli::Ping) -> anyhow::Result<
                     return Ok(());
                 }
             }
+            Err(error) if hopeless(&error, started.elapsed()) => return Err(error.into()),
             Err(error) => last_refusal = Some(error),
         }
         let pause = if options.until_direct { Duration::from_millis(100) } else { Duration::from_secs(1) };
         tokio::time::sleep(pause.min(deadline.saturating_duration_since(now()))).await;
     }
     match (answers, last_refusal) {
-        (0, Some(error)) => Err(error.into()),
-        (0, None) => bail!("{} did not answer within {:?}", options.peer, options.timeout),
+        (0, Some(error)) if !matches!(error, ClientError::Refused { status: NO_ANSWER, .. }) => Err(error.into()),
+        (0, _) => bail!("{} did not answer within {:?}", options.peer, options.timeout),
         _ if options.until_direct => bail!("no direct path to {} within {:?}", options.peer, options.timeout),
         _ => Ok(()),
     }
 }
 
+/// Whether asking the daemon again will not help. A peer that has just joined may be unknown for a moment.
+fn hopeless(error: &ClientError, waited: Duration) -> bool {
+    match error {
+        ClientError::Refused { status: NO_ANSWER, .. } => false,
+        ClientError::Refused { status: UNKNOWN_PEER, .. } => waited > JOINING,
+        _ => true,
+    }
+}
+
 fn print_pong(pong: &Pong, as_json: bool) -> anyhow::Result<()> {
     if as_json {
-        println!("{}", serde_json::to_string(pong)?);
+        output::print(&serde_json::to_string(pong)?)?;
     } else {
-        println!("{} answered in {:.1} ms {}", pong.peer, pong.ms, output::via(&pong.via));
+        output::print(&format!("{} answered in {:.1} ms {}", pong.peer, pong.ms, output::via(&pong.via)))?;
     }
     Ok(())
 }
@@ -167,7 +185,10 @@ pub(crate) async fn set(socket: PathBuf, options: &cli::Set) -> anyhow::Result<(
 /// `mesh netcheck`, through the daemon, or on its own with a DERP map.
 pub(crate) async fn netcheck(socket: PathBuf, options: &cli::Netcheck) -> anyhow::Result<()> {
     let report = match &options.derp_map {
-        None => Client::new(socket).netcheck().await.context("without a daemon, give --derp-map FILE")?,
+        None => match Client::new(socket).netcheck().await {
+            Err(error @ ClientError::NoDaemon { .. }) => bail!("{error}, or give --derp-map FILE to do without"),
+            answer => answer?,
+        },
         Some(file) => {
             let map = crate::serve::read_derp_map(file)?;
             let report = mesh_nat::driver::netcheck_once(map, &ClientTls::system()?).await;
@@ -175,18 +196,18 @@ pub(crate) async fn netcheck(socket: PathBuf, options: &cli::Netcheck) -> anyhow
         }
     };
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        output::print(&serde_json::to_string_pretty(&report)?)?;
     } else {
-        println!("{}", output::netcheck(&report));
+        output::print(&output::netcheck(&report))?;
     }
     Ok(())
 }
 
 /// `mesh version`.
 pub(crate) async fn version(socket: PathBuf) -> anyhow::Result<()> {
-    println!("mesh {}", env!("CARGO_PKG_VERSION"));
+    output::print(&format!("mesh {}", env!("CARGO_PKG_VERSION")))?;
     if let Ok(daemon) = Client::new(socket).version().await {
-        println!("daemon {} (capability version {})", daemon.version, daemon.capability_version);
+        output::print(&format!("daemon {} (capability version {})", daemon.version, daemon.capability_version))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! What people read. Everything here returns text; the commands print it.
 
 use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
 
 use comfy_table::{Table, presets};
 use mesh_node::local_api::Via;
@@ -8,6 +9,38 @@ use mesh_node::netcheck::NetcheckReport;
 use mesh_node::status::{NodeState, PathKind, PathStatus, PeerStatus, Status};
 use qrcode::QrCode;
 use qrcode::render::unicode;
+
+/// Standard output cannot be written to.
+#[derive(Debug)]
+pub(crate) struct StdoutError(pub(crate) std::io::Error);
+
+impl std::fmt::Display for StdoutError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cannot write to standard output: {}", self.0)
+    }
+}
+
+impl std::error::Error for StdoutError {}
+
+/// Prints a line, or several, at once.
+pub(crate) fn print(text: &str) -> Result<(), StdoutError> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(StdoutError)
+}
+
+/// One line that tells an error and its causes, each once: many messages quote their cause already.
+pub(crate) fn error(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line.push_str(": ");
+            line.push_str(&cause);
+        }
+    }
+    line
+}
 
 /// A node's state in a few words.
 #[expect(clippy::wildcard_enum_match_arm, reason = "states that this program does not know print as they are")]
@@ -24,11 +57,14 @@ pub(crate) fn state(state: &NodeState) -> String {
 }
 
 /// Shows where to approve this node, as text and as a QR code.
-#[expect(clippy::print_stdout, reason = "this is the text that the user waits for")]
 pub(crate) fn sign_in(url: &str) -> anyhow::Result<()> {
-    let code = QrCode::new(url)?.render::<unicode::Dense1x2>().quiet_zone(true).build();
-    println!("To let this node in, open\n\n    {url}\n\n{code}\n");
-    Ok(())
+    let mut code = QrCode::new(url)?.render::<unicode::Dense1x2>().quiet_zone(true).build();
+    if std::io::stdout().is_terminal() {
+        // Black on white whatever the terminal's colours are: not every camera reads an inverted code.
+        let lines: Vec<String> = code.lines().map(|line| format!("\x1b[38;5;16;48;5;231m{line}\x1b[0m")).collect();
+        code = lines.join("\n");
+    }
+    Ok(print(&format!("To let this node in, open\n\n    {url}\n\n{code}\n"))?)
 }
 
 /// The table of `mesh status`.
@@ -45,7 +81,11 @@ pub(crate) fn status(status: &Status) -> String {
             (Some(region), false) => format!("relay region {region} (not connected)"),
             (None, _) => "no relay yet".to_owned(),
         };
-        let control = if status.control_connected { "coordinator connected" } else { "coordinator out of reach" };
+        let control = match (&status.state, status.control_connected) {
+            (NodeState::NeedsLogin { .. }, _) => "signed out by the coordinator",
+            (_, true) => "coordinator connected",
+            (_, false) => "coordinator out of reach",
+        };
         let _ = writeln!(text, "{} device, UDP port {}, {relay}, {control}", this.device, this.port);
     }
     for warning in &status.health {

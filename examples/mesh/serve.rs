@@ -11,7 +11,7 @@ use mesh_node::relay::Relay;
 use mesh_node::{CertificateFiles, Node, coordinator, relay};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli;
+use crate::{cli, output};
 
 /// The TUN interface of a daemon that was not told otherwise.
 const DEFAULT_TUN: &str = "mesh0";
@@ -51,7 +51,7 @@ pub(crate) async fn relay(options: cli::Relay) -> anyhow::Result<()> {
     config.certificate = certificate(options.tls);
     config.verify_url = options.verify_url;
     if options.print_node {
-        return print(&serde_json::to_string_pretty(&relay::describe(&config)?)?);
+        return Ok(output::print(&serde_json::to_string_pretty(&relay::describe(&config)?)?)?);
     }
     let running = Relay::start(config).await?;
     ready("relay");
@@ -101,14 +101,7 @@ pub(crate) fn read_derp_map(file: &Path) -> anyhow::Result<DerpMap> {
 
 /// Says that connections are accepted now. Scripts wait for this line.
 fn ready(what: &str) {
-    drop(print(&format!("ready: {what}")));
-}
-
-fn print(text: &str) -> anyhow::Result<()> {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{text}")?;
-    Ok(out.flush()?)
+    drop(output::print(&format!("ready: {what}")));
 }
 
 /// Waits for an interrupt or a request to terminate.
