@@ -182,6 +182,12 @@ impl Engine {
         &self.announced.endpoints
     }
 
+    /// What this host has, as it was last told.
+    #[must_use]
+    pub fn local(&self) -> &Local {
+        &self.local
+    }
+
     /// The last measurement of the network.
     #[must_use]
     pub fn report(&self) -> Option<&Report> {

@@ -20,6 +20,7 @@ const LOGOUT_TIMEOUT: Duration = Duration::from_secs(5);
 enum Request {
     Describe(Box<Description>),
     RetryNow,
+    Reconnect,
     Logout,
 }
 
@@ -47,6 +48,10 @@ impl ControlTask {
                     request = wanted.recv() => match request {
                         Some(Request::Describe(description)) => control.update(*description),
                         Some(Request::RetryNow) => control.retry_now(),
+                        Some(Request::Reconnect) => {
+                            control.stop();
+                            control.login(None);
+                        }
                         Some(Request::Logout) => control.logout(),
                         None => return,
                     },
@@ -64,6 +69,11 @@ impl ControlTask {
     /// The network has changed: waiting makes no sense any more.
     pub(super) fn retry_now(&self) {
         self.request(Request::RetryNow);
+    }
+
+    /// Connects anew: the address that the connection was made from is gone, and nobody would notice for minutes.
+    pub(super) fn reconnect(&self) {
+        self.request(Request::Reconnect);
     }
 
     fn request(&self, request: Request) {

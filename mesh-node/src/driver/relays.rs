@@ -36,10 +36,18 @@ impl RelaySink for RelaySender {
     }
 }
 
+/// What a region's task is asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Orders {
+    home: bool,
+    /// Counts the times that the host's network has changed: each asks for a new connection.
+    network: u64,
+}
+
 #[derive(Debug)]
 struct Running {
     region: DerpRegion,
-    home: watch::Sender<bool>,
+    orders: watch::Sender<Orders>,
     task: JoinHandle<()>,
 }
 
@@ -81,6 +89,13 @@ impl RelaySet {
         self.reconcile();
     }
 
+    /// Connects anew everywhere: the address that connections were made from is gone.
+    pub(super) fn reconnect(&self) {
+        for running in self.running.values() {
+            running.orders.send_modify(|orders| orders.network += 1);
+        }
+    }
+
     pub(super) fn set_map(&mut self, map: Arc<DerpMap>) {
         self.map = map;
         self.reconcile();
@@ -99,10 +114,8 @@ impl RelaySet {
         let mut outboxes = BTreeMap::clone(&self.sender.outboxes.load());
         outboxes.retain(|id, _| self.running.contains_key(id));
         for (id, running) in &self.running {
-            running.home.send_if_modified(|home| {
-                let now = self.plan.home == Some(*id);
-                std::mem::replace(home, now) != now
-            });
+            let home = self.plan.home == Some(*id);
+            running.orders.send_if_modified(|orders| std::mem::replace(&mut orders.home, home) != home);
         }
         for id in &self.plan.regions {
             let Some(region) = self.map.regions.get(id).filter(|_| !self.running.contains_key(id)) else { continue };
@@ -111,9 +124,9 @@ impl RelaySet {
             options.home = is_home;
             let client = RelayClient::new(options);
             outboxes.insert(*id, client.outbox());
-            let (home, wanted) = watch::channel(is_home);
+            let (orders, wanted) = watch::channel(Orders { home: is_home, network: 0 });
             let task = tokio::spawn(run(*id, client, wanted, Arc::clone(&self.dataplane), self.events.clone()));
-            self.running.insert(*id, Running { region: region.clone(), home, task });
+            self.running.insert(*id, Running { region: region.clone(), orders, task });
         }
         if before != self.running.len() {
             tracing::debug!(regions = ?self.plan.regions, home = ?self.plan.home, "relay connections");
@@ -132,10 +145,11 @@ impl Drop for RelaySet {
 async fn run(
     id: RegionId,
     mut client: RelayClient,
-    mut home: watch::Receiver<bool>,
+    mut orders: watch::Receiver<Orders>,
     dataplane: Arc<Dataplane>,
     events: mpsc::Sender<(RegionId, RelayEvent)>,
 ) {
+    let mut network = 0;
     loop {
         tokio::select! {
             event = client.next_event() => match event {
@@ -149,12 +163,16 @@ async fn run(
                     }
                 }
             },
-            changed = home.changed() => {
+            changed = orders.changed() => {
                 if changed.is_err() {
                     return;
                 }
-                let is_home = *home.borrow_and_update();
-                client.set_home(is_home);
+                let new = *orders.borrow_and_update();
+                client.set_home(new.home);
+                if new.network != network {
+                    network = new.network;
+                    client.reconnect();
+                }
             }
         }
     }

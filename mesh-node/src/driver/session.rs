@@ -336,8 +336,18 @@ impl Session {
     }
 
     pub(super) fn set_local(&mut self, now: Instant, local: Local, host: &HostNetwork) {
+        let here = |address| local.addresses.contains(address);
+        let moved = !self.engine.local().addresses.iter().all(here);
         self.engine.set_local(now, local, &host.sockets.ids());
-        self.control.retry_now();
+        if moved {
+            tracing::info!("this host's addresses have changed; connecting anew");
+            self.relays.reconnect();
+        }
+        if moved && self.state.is_running() {
+            self.control.reconnect();
+        } else {
+            self.control.retry_now();
+        }
     }
 
     pub(super) fn set_mode(&mut self, now: Instant, mode: PathMode) {
