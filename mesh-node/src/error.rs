@@ -73,6 +73,7 @@ pub enum Error {
     ShutDown,
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "other reasons have no remedy that we know of")]
 fn listen_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => "; choose another port or stop what uses it",

@@ -472,3 +472,30 @@ fn endpoints_and_home_are_announced_once_measured() {
     assert_eq!(announced.home, Some(region(1)));
     assert_eq!(announced.endpoints[0].address, world.hosts[0].address);
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_datagram_from_anywhere_upsets_the_engine(
+        datagrams in proptest::collection::vec(
+            (proptest::bool::ANY, proptest::collection::vec(proptest::num::u8::ANY, 0..200)), 0..20),
+    ) {
+        let mut world = World::new();
+        world.publish();
+        let (now, stranger) = (world.now, NodePublic::from_bytes([7; 32]));
+        for (relayed, mut datagram) in datagrams {
+            if let Some(first) = datagram.first_mut() {
+                // Most of what begins otherwise is not even looked at.
+                *first %= 5;
+            }
+            let hop = if relayed {
+                Hop { path: Path::Relay { region: region(1) }, node: Some(stranger) }
+            } else {
+                Hop { path: Path::Direct { socket: SocketId(0), remote: world.hosts[1].address }, node: None }
+            };
+            world.hosts[0].engine.handle_datagram(now, &hop, &datagram);
+            world.drain(0);
+        }
+        world.run(Duration::from_secs(10));
+        proptest::prop_assert!(world.hosts[0].engine.home().is_some());
+    }
+}
