@@ -39,6 +39,14 @@ pub enum StoreError {
         /// Why it failed.
         error: std::io::Error,
     },
+    /// The file is no database of ours. It is left as it is.
+    #[error("cannot use {path}: {reason}; restore it from a backup, or move it away to start afresh")]
+    Unusable {
+        /// The database.
+        path: PathBuf,
+        /// What SQLite says.
+        reason: String,
+    },
     /// The database failed.
     #[error("database: {0}")]
     Database(String),

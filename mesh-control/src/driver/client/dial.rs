@@ -111,17 +111,15 @@ impl Server {
 /// Why a certificate is refused, with what to do about it where something can be done.
 fn certificate_reason(reason: &rustls::CertificateError) -> String {
     use rustls::CertificateError as Reason;
-    match reason {
-        Reason::UnknownIssuer => {
-            "no authority that this machine trusts has signed it; name the certificate or its authority with the \
-             daemon's --ca-file"
-                .to_owned()
-        }
-        Reason::NotValidForName | Reason::NotValidForNameContext { .. } => {
-            "it is for another name or address; use the one that it is for in the URL".to_owned()
-        }
-        other => format!("{other}"),
+    if matches!(reason, Reason::UnknownIssuer) {
+        return "no authority that this machine trusts has signed it; name the certificate or its authority with the \
+                daemon's --ca-file"
+            .to_owned();
     }
+    if matches!(reason, Reason::NotValidForName | Reason::NotValidForNameContext { .. }) {
+        return "it is for another name or address; use the one that it is for in the URL".to_owned();
+    }
+    reason.to_string()
 }
 
 /// All that it takes to open a channel.

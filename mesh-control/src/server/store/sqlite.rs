@@ -69,10 +69,16 @@ impl SqliteStore {
         let path = state_dir.join("coordinator.db");
         // SQLite gives its journal files the mode of the database, so making that private is enough.
         drop(private(&path)?);
-        let mut connection = connect(&path)?;
-        migrate(&mut connection, &path)?;
-        prune(&connection)?;
-        let reader = connect(&path)?;
+        let named = |error| {
+            if let StoreError::Database(reason) = error {
+                return StoreError::Unusable { path: path.clone(), reason };
+            }
+            error
+        };
+        let mut connection = connect(&path).map_err(named)?;
+        migrate(&mut connection, &path).map_err(named)?;
+        prune(&connection).map_err(named)?;
+        let reader = connect(&path).map_err(named)?;
         let (queue, jobs) = mpsc::channel();
         let writer = std::thread::Builder::new()
             .name("mesh-store".to_owned())
