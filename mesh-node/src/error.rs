@@ -75,12 +75,12 @@ pub enum Error {
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "other reasons have no remedy that we know of")]
 fn listen_hint(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => "; choose another port or stop what uses it",
-        io::ErrorKind::AddrNotAvailable => "; choose an address that this host has",
-        io::ErrorKind::PermissionDenied => "; choose a port from 1024 up, or run as root",
-        _ => "",
-    }
+    let hints = [
+        (io::ErrorKind::AddrInUse, "; choose another port or stop what uses it"),
+        (io::ErrorKind::AddrNotAvailable, "; choose an address that this host has"),
+        (io::ErrorKind::PermissionDenied, "; choose a port from 1024 up, or run as root"),
+    ];
+    hints.iter().find(|(kind, _)| *kind == error.kind()).map_or("", |(_, hint)| hint)
 }
 
 /// `timeout` without the fraction that is left of it after other work.
