@@ -53,9 +53,9 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
     serve_page(&anna)?;
 
     let by_relay = leg(&anna, &bert, PathMode::Relay, PathKind::Relay).await.context("by the relay")?;
-    output::print(&format!("{by_relay}"))?;
+    output::print(&by_relay.to_string())?;
     let direct = leg(&anna, &bert, PathMode::Auto, PathKind::Direct).await.context("directly")?;
-    output::print(&format!("{direct}"))?;
+    output::print(&direct.to_string())?;
 
     output::print(&format!("{}\n", output::status(&bert.status().await?)))?;
     let key = operator

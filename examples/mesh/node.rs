@@ -156,9 +156,10 @@ pub(crate) async fn ping(socket: PathBuf, options: cli::Ping) -> anyhow::Result<
 
 /// Whether asking the daemon again will not help. A peer that has just joined may be unknown for a moment.
 fn hopeless(error: &ClientError, waited: Duration) -> bool {
-    match error {
-        ClientError::Refused { status: NO_ANSWER, .. } => false,
-        ClientError::Refused { status: UNKNOWN_PEER, .. } => waited > JOINING,
+    let ClientError::Refused { status, .. } = error else { return true };
+    match *status {
+        NO_ANSWER => false,
+        UNKNOWN_PEER => waited > JOINING,
         _ => true,
     }
 }
