@@ -76,8 +76,7 @@ fn run(interface: &str) -> anyhow::Result<()> {
     if let Ok(milliseconds) = std::env::var(TEST_REKEY_AFTER) {
         timing.rekey_after = Duration::from_millis(milliseconds.parse().context(TEST_REKEY_AFTER)?);
     }
-    let mut seed = [0; 32];
-    getrandom::fill(&mut seed).context("cannot get randomness")?;
+    let seed = mesh_noise::random::SystemRng.array();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let device = Tunnel::open_device(interface)?;

@@ -3,11 +3,11 @@
 //! [`listener`] accepts connections and reads their HTTP request heads, [`server`] is the relay behind it, [`client`] is
 //! one node's connection to a region.
 
-use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use rand_core::{Rng, TryCryptoRng, TryRng};
+use mesh_noise::random::SystemRng;
+use rand_core::Rng;
 use tokio::net::TcpStream;
 
 pub mod client;
@@ -25,36 +25,9 @@ pub(crate) fn now() -> Instant {
     Instant::now()
 }
 
-/// The operating system's randomness.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct SystemRandom;
-
-impl TryRng for SystemRandom {
-    type Error = Infallible;
-
-    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
-        let mut bytes = [0; 4];
-        self.fill_bytes(&mut bytes);
-        Ok(u32::from_le_bytes(bytes))
-    }
-
-    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
-        let mut bytes = [0; 8];
-        self.fill_bytes(&mut bytes);
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    fn try_fill_bytes(&mut self, out: &mut [u8]) -> Result<(), Infallible> {
-        aws_lc_rs::rand::fill(out).expect("the operating system's randomness does not fail once it has begun");
-        Ok(())
-    }
-}
-
-impl TryCryptoRng for SystemRandom {}
-
 /// A number from 0 up to, but not including, 1.
 pub(crate) fn random_fraction() -> f64 {
-    f64::from(SystemRandom.next_u32()) / (f64::from(u32::MAX) + 1.0)
+    f64::from(SystemRng.next_u32()) / (f64::from(u32::MAX) + 1.0)
 }
 
 /// Makes sure that a read has somewhere to go. A new buffer is only begun when the old one is nearly full: its packets
@@ -86,7 +59,7 @@ pub(crate) fn write_private_file(path: &std::path::Path, content: &[u8]) -> std:
         std::fs::create_dir_all(dir)?;
     }
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{:08x}.tmp", SystemRandom.next_u32()));
+    name.push(format!(".{:08x}.tmp", SystemRng.next_u32()));
     let temporary = path.with_file_name(name);
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true);

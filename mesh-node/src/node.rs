@@ -9,7 +9,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand_core::CryptoRng;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -295,12 +294,4 @@ impl Node {
         self.inner.requests.send(request(reply)).await.map_err(|_| Error::ShutDown)?;
         answer.await.map_err(|_| Error::ShutDown)?
     }
-}
-
-/// Randomness from the system, seeded once.
-pub(crate) fn system_rng() -> impl CryptoRng {
-    use rand::SeedableRng;
-    let mut seed = [0; 32];
-    getrandom::fill(&mut seed).expect("a system without randomness cannot hold a key");
-    rand::rngs::StdRng::from_seed(seed)
 }

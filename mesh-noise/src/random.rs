@@ -1,4 +1,4 @@
-//! A seeded generator: the same seed, the same run.
+//! A seeded generator for cores, and the system's randomness for drivers: the same seed, the same run.
 //!
 //! Cores draw nothing from the system. A long-lived core is given 32 bytes once and expands them with [`SeededRng`];
 //! a driver takes those bytes from the operating system, a test writes them down.
@@ -80,6 +80,42 @@ impl TryRng for SeededRng {
 }
 
 impl TryCryptoRng for SeededRng {}
+
+/// The operating system's randomness, by way of aws-lc. For drivers; a core is given a seed.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemRng;
+
+impl SystemRng {
+    /// Draws an array, such as the seed of a core.
+    ///
+    /// # Panics
+    /// If the system has no randomness to give, since nothing is safe then.
+    #[must_use]
+    pub fn array<const N: usize>(self) -> [u8; N] {
+        let mut bytes = [0; N];
+        aws_lc_rs::rand::fill(&mut bytes).expect("the system's randomness does not fail once it has begun");
+        bytes
+    }
+}
+
+impl TryRng for SystemRng {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+        Ok(u32::from_le_bytes(self.array()))
+    }
+
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        Ok(u64::from_le_bytes(self.array()))
+    }
+
+    fn try_fill_bytes(&mut self, out: &mut [u8]) -> Result<(), Infallible> {
+        aws_lc_rs::rand::fill(out).expect("the system's randomness does not fail once it has begun");
+        Ok(())
+    }
+}
+
+impl TryCryptoRng for SystemRng {}
 
 #[cfg(test)]
 mod tests {

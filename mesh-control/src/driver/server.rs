@@ -19,7 +19,6 @@ mod key_file;
 mod machine;
 mod map;
 mod page;
-mod random;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +37,7 @@ use crate::server::state::{Context, Decision, Refusal, Rules, State};
 use crate::server::store::{Batch, SqliteStore, Store, StoreError};
 use crate::server::{Actor, Event, Moment, TailnetId};
 
-use random::SystemRng;
+use mesh_noise::random::SystemRng;
 
 /// How many notices streams may be behind before they get a full map.
 const CHANGELOG: usize = 4096;

@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use mesh_noise::key::{NodePrivate, NodePublic};
+use mesh_noise::random::SystemRng;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::sync::Notify;
 
 use super::stream::{Rewind, Transport};
-use super::{SystemRandom, make_room, now, random_fraction};
+use super::{make_room, now, random_fraction};
 use crate::client::{Connection, Event, Timing};
 use crate::frame::{GoneReason, HEADER_LEN, MAX_PACKET_LEN};
 use crate::map::DerpRegion;
@@ -308,7 +309,7 @@ impl RelayClient {
 
     fn open(&mut self, link: Link) {
         let Options { key, home, timing, .. } = &self.options;
-        let core = Connection::new(now(), key.clone(), link.relay, *home, &mut SystemRandom).with_timing(*timing);
+        let core = Connection::new(now(), key.clone(), link.relay, *home, &mut SystemRng).with_timing(*timing);
         let (reader, writer) = tokio::io::split(link.stream);
         let out = BytesMut::from(&link.first[..]);
         let open = Open { node: link.node, reader, writer, core, out, unflushed: false };

@@ -20,11 +20,12 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use mesh_noise::key::{NodePublic, RelayPrivate, RelayPublic};
+use mesh_noise::random::SystemRng;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 use super::stream::{Rewind, read_request_head};
-use super::{SystemRandom, make_room, now, random_fraction};
+use super::{make_room, now, random_fraction};
 use crate::frame::{Frame, GoneReason};
 use crate::queue::{Depth, Lane};
 use crate::server::{Connection, ConnectionId, Input, Registry, ServerError};
@@ -209,7 +210,7 @@ impl RelayServer {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
-        let mut core = Connection::new(now(), self.key.clone(), &mut SystemRandom);
+        let mut core = Connection::new(now(), self.key.clone(), &mut SystemRng);
         let mut greeting = BytesMut::new();
         if !fast_start {
             greeting.extend_from_slice(&upgrade::accepted(&self.public));
@@ -452,7 +453,7 @@ pub fn load_or_generate_key(state_dir: &Path) -> io::Result<RelayPrivate> {
     match std::fs::read_to_string(&path) {
         Ok(text) => text.trim().parse().map_err(|error| named(io::Error::new(io::ErrorKind::InvalidData, error))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let key = RelayPrivate::generate(&mut SystemRandom);
+            let key = RelayPrivate::generate(&mut SystemRng);
             super::write_private_file(&path, key.to_secret_text().as_bytes()).map_err(named)?;
             Ok(key)
         }

@@ -41,7 +41,7 @@ impl Interceptor {
     /// Starts answering with `names`; must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// When the system gives no thread.
+    /// When the system gives no thread for the stack.
     pub fn start(names: &Names, mtu: usize) -> io::Result<Self> {
         let mut config = netstack::Config::with_addresses([SERVICE_V4.into(), SERVICE_V6.into()]);
         config.mtu = mtu;
@@ -49,9 +49,9 @@ impl Interceptor {
         config.max_connections = MAX_CONNECTIONS;
         let (netstack, device) = Netstack::start(config)?;
         for address in [SERVICE_V4.into(), SERVICE_V6.into()] {
-            let (netstack, names) = (netstack.clone(), names.clone());
+            let service = serve(&netstack, address, names)?;
             tokio::spawn(async move {
-                if let Err(error) = serve(&netstack, address, &names).await {
+                if let Err(error) = service.await {
                     tracing::debug!(%address, %error, "DNS service ended");
                 }
             });

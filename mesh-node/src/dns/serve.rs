@@ -47,17 +47,25 @@ impl Names {
     }
 }
 
-/// Answers DNS over UDP and TCP on `address` of `netstack` until the stack ends. Dropping the future stops answering.
+/// Answers DNS over UDP and TCP on `address` of `netstack`: takes the port at once, and returns the future that serves it
+/// until the stack ends. Dropping the future stops answering.
 ///
 /// # Errors
-/// `AddrInUse` when the port is taken; `NotConnected` once the stack has ended.
-pub async fn serve(netstack: &Netstack, address: IpAddr, names: &Names) -> io::Result<()> {
+/// `AddrInUse` when the port is taken; the future ends with `NotConnected` once the stack has ended.
+pub fn serve(
+    netstack: &Netstack,
+    address: IpAddr,
+    names: &Names,
+) -> io::Result<impl Future<Output = io::Result<()>> + Send + 'static> {
     let bind = Bind { address: Some(address), port: SERVICE_PORT };
     let (socket, listener) = (Arc::new(netstack.bind_udp(bind)?), netstack.listen_tcp(bind)?);
-    tokio::select! {
-        ended = serve_datagrams(&socket, names) => ended,
-        ended = serve_streams(&listener, names) => ended,
-    }
+    let names = names.clone();
+    Ok(async move {
+        tokio::select! {
+            ended = serve_datagrams(&socket, &names) => ended,
+            ended = serve_streams(&listener, &names) => ended,
+        }
+    })
 }
 
 async fn serve_datagrams(socket: &Arc<netstack::UdpSocket>, names: &Names) -> io::Result<()> {
@@ -198,7 +206,7 @@ mod tests {
         let names = Names::new(table);
         for address in [SERVICE_V4.into(), SERVICE_V6.into()] {
             let (stack, names) = (stack.clone(), names.clone());
-            tokio::spawn(async move { serve(&stack, address, &names).await });
+            tokio::spawn(serve(&stack, address, &names).unwrap());
         }
         (stack, names)
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use mesh_control::wire::FilterRule;
 use mesh_nat::SocketId;
 use mesh_noise::key::NodePublic;
+use mesh_noise::random::SystemRng;
 use mesh_tun::device::Device;
 use mesh_tun::filter::{Addresses, Destination, Filter, Rule, Standing};
 use mesh_tun::packet::Protocol;
@@ -33,13 +34,11 @@ impl Plane {
         relay: RelaySender,
         clock: Clock,
     ) -> Result<(Self, Notices), Error> {
-        let mut flow_seed = [0; 16];
-        rand_core::Rng::fill_bytes(&mut crate::node::system_rng(), &mut flow_seed);
         let config = Config {
             device,
             sockets: sockets.all().map(|(id, socket)| (id, Arc::clone(socket))).collect(),
             relay: Arc::new(relay),
-            flow_seed,
+            flow_seed: SystemRng.array(),
             clock: Arc::new(move || clock.activity_ms()),
         };
         let (dataplane, notices) = Dataplane::start(config)

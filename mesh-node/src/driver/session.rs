@@ -16,6 +16,7 @@ use mesh_derp::tls::ClientTls;
 use mesh_nat::agent::PingId;
 use mesh_nat::{Family, Path};
 use mesh_noise::key::{DiscoPrivate, MachinePublic, NodePrivate, NodePublic};
+use mesh_noise::random::SystemRng;
 use tokio::sync::mpsc;
 
 use super::control::{self, ControlTask};
@@ -83,20 +84,15 @@ impl Session {
     /// Starts to connect, as the driver's preferences say.
     pub(super) fn start(driver: &Driver, auth_key: Option<String>) -> Result<Self, Error> {
         let now = driver.clock.now();
-        let mut rng = crate::node::system_rng();
         let (node_key, known) = match driver.state.node_key()? {
             Some(key) => (key, true),
-            None => (NodePrivate::generate(&mut rng), false),
+            None => (NodePrivate::generate(&mut SystemRng), false),
         };
-        let disco = DiscoPrivate::generate(&mut rng);
+        let disco = DiscoPrivate::generate(&mut SystemRng);
         let hostinfo = control::hostinfo(driver.prefs.hostname.as_deref(), driver.fixed.device == "userspace");
         let description = control::description(&hostinfo, disco.public(), &Announcement::default());
         let tls = driver.fixed.relay_tls.clone();
-        let mut seed = || {
-            let mut seed = [0; 32];
-            rand_core::Rng::fill_bytes(&mut rng, &mut seed);
-            seed
-        };
+        let seed = || SystemRng.array();
         let mut client = Config::new(node_key.clone(), description);
         client.ephemeral = driver.fixed.ephemeral;
         let options = Options {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
+use mesh_noise::random::SystemRng;
 use tokio::sync::mpsc;
 
 use super::stack::{Drops, Event, Stack};
@@ -133,8 +134,7 @@ pub(super) struct Handle {
 
 impl Handle {
     pub(super) fn start(config: Config) -> io::Result<(Self, StackDevice)> {
-        let mut seed = [0; 32];
-        getrandom::fill(&mut seed).map_err(|_| io::Error::other("the system gives no randomness"))?;
+        let seed = SystemRng.array();
         let (sender, receiver) = mpsc::channel(REQUEST_QUEUE);
         let requests = config.fallback.then_some(Requests { receiver });
         let shared = Arc::new(Shared {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use mesh_derp::tls::ClientTls;
+use mesh_noise::random::SystemRng;
 use mesh_noise::wireguard::Timing;
 use mesh_tun::device::Device as PacketDevice;
 use mesh_tun::linux::netlink::Netlink;
@@ -16,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::service::ServiceDevice;
-use super::{Inner, Node, UpOptions, system_rng};
+use super::{Inner, Node, UpOptions};
 use crate::dns::{self, Names};
 use crate::driver::{Clock, Driver, Fixed, HostNetwork, Plane, RelaySender, Shared, Sockets, TunHost};
 use crate::error::Error;
@@ -205,7 +206,7 @@ impl Builder {
         if let Some(mode) = self.path_mode {
             prefs.path_mode = mode;
         }
-        let machine = state.machine_key(&mut system_rng())?;
+        let machine = state.machine_key(&mut SystemRng)?;
         // Damage is told now, not when somebody runs `mesh up`.
         state.node_key()?;
         state.control_key()?;
@@ -344,9 +345,10 @@ impl Builder {
     ) -> Result<Serving, Error> {
         let Some(netstack) = netstack else { return Ok(Serving::default()) };
         for address in [SERVICE_V4.into(), SERVICE_V6.into()] {
-            let (netstack, names) = (netstack.clone(), names.clone());
+            let service = dns::serve(netstack, address, names)
+                .map_err(|source| Error::System { what: "cannot start the name server", source })?;
             run_until(stop, async move {
-                if let Err(error) = dns::serve(&netstack, address, &names).await {
+                if let Err(error) = service.await {
                     tracing::debug!(%address, %error, "the name server has ended");
                 }
             });

@@ -15,11 +15,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_noise::key::{ChallengePublic, DiscoPrivate, MachinePublic};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::random::SystemRng;
 use super::{Coordinator, machine, page};
 use crate::channel;
 use crate::driver::stream::NoiseStream;
 use crate::wire::{self, EarlyNoise, KeyResponse, RelayAdmission, RelayAdmissionRequest};
+use mesh_noise::random::SystemRng;
 
 /// Any answer's body.
 pub(super) type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;

@@ -9,7 +9,7 @@ use mesh_noise::key::MachinePrivate;
 use zeroize::Zeroizing;
 
 use super::StartError;
-use super::random::SystemRng;
+use mesh_noise::random::SystemRng;
 
 /// Reads the key, or draws and keeps a new one if there is no file yet.
 pub(super) fn load_or_create(path: &Path) -> Result<MachinePrivate, StartError> {

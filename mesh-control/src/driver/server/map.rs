@@ -15,7 +15,6 @@ use tokio::sync::mpsc;
 
 use super::http::{Answer, body, empty, text};
 use super::machine::{Peer, too_old};
-use super::random::SystemRng;
 use super::{CommandError, Coordinator, now};
 use crate::server::mapper::{self, MapStream, Next, NoMap, Notice};
 use crate::server::presence::PollId;
@@ -23,6 +22,7 @@ use crate::server::state::Update;
 use crate::server::{Actor, NodeId};
 use crate::wire::frame::{Compression, pack};
 use crate::wire::{self, MapRequest, MapResponse, Timestamp};
+use mesh_noise::random::SystemRng;
 
 pub(super) async fn answer(coordinator: &Arc<Coordinator>, peer: &Peer, request: MapRequest) -> Answer {
     if let Some(refusal) = too_old(request.version) {
