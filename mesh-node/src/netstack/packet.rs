@@ -37,12 +37,16 @@ pub(super) struct Ack {
     pub(super) bare: bool,
 }
 
-/// The bytes of a segment that we have sent.
+/// A segment that we have sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sent {
     pub(super) start: TcpSeqNumber,
     /// The byte after the last; SYN and FIN count.
     pub(super) end: TcpSeqNumber,
+    /// What it acknowledges.
+    pub(super) acks: TcpSeqNumber,
+    /// The window field, unscaled.
+    pub(super) window: u16,
 }
 
 /// One inbound packet, looked at.
@@ -128,7 +132,7 @@ pub(super) fn destination(packet: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// The sequence numbers of a TCP packet of ours that occupies any.
+/// The numbers of a TCP packet of ours; none for a reset.
 pub(super) fn sent(packet: &[u8]) -> Option<Sent> {
     let (protocol, start) = match packet.first()? >> 4 {
         4 => (*packet.get(9)?, 20),
@@ -138,20 +142,36 @@ pub(super) fn sent(packet: &[u8]) -> Option<Sent> {
         return None;
     }
     let tcp = TcpPacket::new_checked(packet.get(start..)?).ok()?;
-    let sent = Sent { start: tcp.seq_number(), end: tcp.seq_number() + tcp.segment_len() };
-    (tcp.segment_len() > 0 && !tcp.rst()).then_some(sent)
+    (!tcp.rst()).then(|| Sent {
+        start: tcp.seq_number(),
+        end: tcp.seq_number() + tcp.segment_len(),
+        acks: tcp.ack_number(),
+        window: tcp.window_len(),
+    })
 }
 
 /// Builds the bare acknowledgement that the peer of `flow` would send to repeat `ack`.
 pub(super) fn build_ack(flow: Flow, ack: Ack) -> Vec<u8> {
-    let (source, destination) = (IpAddress::from(flow.remote.ip()), IpAddress::from(flow.local.ip()));
+    let Flow { local, remote } = flow;
+    let numbers = Sent { start: ack.end, end: ack.end, acks: ack.number, window: ack.window };
+    build_segment(Flow { local: remote, remote: local }, TcpControl::None, numbers)
+}
+
+/// Builds the bare FIN of our end of `flow`, at `numbers.start`.
+pub(super) fn build_fin(flow: Flow, numbers: Sent) -> Vec<u8> {
+    build_segment(flow, TcpControl::Fin, numbers)
+}
+
+/// Builds a segment without data or options.
+fn build_segment(flow: Flow, control: TcpControl, numbers: Sent) -> Vec<u8> {
+    let (source, destination) = (IpAddress::from(flow.local.ip()), IpAddress::from(flow.remote.ip()));
     let tcp = TcpRepr {
-        src_port: flow.remote.port(),
-        dst_port: flow.local.port(),
-        control: TcpControl::None,
-        seq_number: ack.end,
-        ack_number: Some(ack.number),
-        window_len: ack.window,
+        src_port: flow.local.port(),
+        dst_port: flow.remote.port(),
+        control,
+        seq_number: numbers.start,
+        ack_number: Some(numbers.acks),
+        window_len: numbers.window,
         window_scale: None,
         max_seg_size: None,
         sack_permitted: false,

@@ -32,7 +32,7 @@ pub(super) struct Outgoing {
     limit: usize,
     /// Buffers to use again.
     spare: Vec<Vec<u8>>,
-    /// The last TCP segment with data that was sent.
+    /// The last TCP segment that was sent.
     sent: Option<Sent>,
 }
 
@@ -95,7 +95,7 @@ impl Outgoing {
         }
     }
 
-    /// The last TCP segment with data that was sent since this was asked.
+    /// The last TCP segment that was sent since this was asked.
     pub(super) fn take_sent(&mut self) -> Option<Sent> {
         self.sent.take()
     }

@@ -31,7 +31,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use ports::{Listener, Udp};
 
-use super::packet::{self, Ack, Flow, Parsed};
+use super::packet::{self, Ack, Flow, Parsed, Sent};
 use super::phy::Phy;
 use super::recovery::{DUPLICATES, Recovery};
 use super::{Bind, Config, is_service_address};
@@ -286,9 +286,17 @@ impl Stack {
         if let Some(id) = self.flows.get(&flow).copied() {
             let over = self.conns.get(&id).is_none_or(|c| matches!(c.state(), State::TimeWait | State::Closed));
             if !(opens && over) {
+                // smoltcp stops its timer when only a FIN is left to repair, and never sends it again.
+                let only_fin =
+                    |ack: Ack, conn: &mut Conn| conn.recovery.is_repeat(ack) && conn.socket().send_queue() == 0;
+                if ack.is_some_and(|ack| self.conns.get_mut(&id).is_some_and(|conn| only_fin(ack, conn))) {
+                    return;
+                }
                 self.feed(now, Some(id), packet);
-                if let Some(ack) = ack {
-                    self.recover(now, id, ack);
+                if let Some(ack) = ack
+                    && self.conns.get_mut(&id).is_some_and(|conn| conn.recovery.acknowledged(now, ack))
+                {
+                    self.repair(now, id);
                 }
                 return;
             }
@@ -362,8 +370,12 @@ impl Stack {
         };
         self.iface.poll_ingress_single(at, &mut self.phy, sockets);
         self.phy.recycle();
+        let answer = self.phy.out.take_sent();
         // The peer's window grows by acknowledgements, not by bytes (RFC 9293 §3.8.6.3): a long batch gets several.
         let Some((id, conn)) = id.and_then(|id| Some((id, self.conns.get_mut(&id)?))) else { return };
+        if let Some(answer) = answer {
+            conn.recovery.sent(now, answer);
+        }
         conn.unanswered += 1;
         if conn.unanswered >= SEGMENTS_PER_ACK && self.phy.has_room() {
             self.send_burst(now, id);
@@ -372,14 +384,28 @@ impl Stack {
         }
     }
 
-    /// Has the next hole repaired after a partial acknowledgement: see [`Recovery`].
-    fn recover(&mut self, now: Instant, id: ConnId, ack: Ack) {
+    /// Has the first hole repaired: see [`Recovery`].
+    fn repair(&mut self, now: Instant, id: ConnId) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         let flow = conn.flow;
-        if conn.recovery.acknowledged(ack) {
-            for _ in 0..DUPLICATES {
-                self.feed(now, Some(id), packet::build_ack(flow, ack));
+        let (Some(ack), Some((acks, window))) = (conn.recovery.last_ack(), conn.recovery.ours()) else { return };
+        let closing = matches!(conn.state(), State::FinWait1 | State::Closing | State::LastAck);
+        if conn.socket().send_queue() == 0 {
+            if closing {
+                // What is unacknowledged is our FIN.
+                let numbers = Sent { start: ack.number, end: ack.number + 1, acks, window };
+                self.phy.out.push(packet::build_fin(flow, numbers));
             }
+            return;
+        }
+        if !closing && !matches!(conn.state(), State::Established | State::CloseWait) {
+            return;
+        }
+        // Another window makes the socket count anew.
+        let other = Ack { window: ack.window.saturating_sub(1), ..ack };
+        let duplicates = std::iter::repeat_n(other, 1 + usize::from(DUPLICATES));
+        for ack in duplicates.chain(std::iter::once(ack)) {
+            self.feed(now, Some(id), packet::build_ack(flow, ack));
         }
     }
 
@@ -420,6 +446,8 @@ impl Stack {
                 if conn.expires.is_some_and(|expires| expires <= now) {
                     conn.expires = None;
                     conn.socket().abort();
+                } else if conn.recovery.probe(now) {
+                    self.repair(now, id);
                 }
             }
             self.touch(id);
@@ -455,7 +483,7 @@ impl Stack {
             }
             more = self.iface.poll_egress(at, &mut self.phy, &mut conn.sockets) == PollResult::SocketStateChanged;
             if let Some(sent) = self.phy.out.take_sent() {
-                conn.recovery.sent(sent);
+                conn.recovery.sent(now, sent);
             }
         }
         if more {
@@ -532,13 +560,10 @@ impl Stack {
                 }
             }
         }
-        let expires = conn.expires;
+        let others = [conn.expires, conn.recovery.poll_timeout()];
         let timer = if resting { None } else { self.iface.poll_at(at, &conn.sockets) };
         let timer = timer.map(|at| self.real(at).max(now + SHORTEST_WAIT));
-        let deadline = match (timer, expires) {
-            (Some(timer), Some(expires)) => Some(timer.min(expires)),
-            (timer, expires) => timer.or(expires),
-        };
+        let deadline = others.into_iter().chain([timer]).flatten().min();
         self.set_deadline(id, deadline);
         while self.time_wait.len() > MAX_TIME_WAIT {
             let Some(oldest) = self.time_wait.first().copied() else { break };

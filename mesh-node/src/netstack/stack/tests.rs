@@ -209,17 +209,19 @@ impl Link {
         }
     }
 
-    /// Sends `len` bytes from the first stack to the second; how long it takes, and how many packets.
+    /// Sends `len` bytes and an end from the first stack to the second; how long it takes, and how many packets.
     fn transfer(&mut self, len: usize, mut loses: impl FnMut(usize) -> bool) -> (Duration, usize) {
         let started = self.now;
         self.stacks[1].listen(Bind::port(80), 1).unwrap();
         let client = self.stacks[0].connect("100.64.0.2:80".parse().unwrap()).unwrap();
-        let (mut server, mut written, mut read) = (None, 0, 0);
+        let (mut server, mut written, mut read, mut ended) = (None, 0, 0, false);
         let mut buffer = vec![0; 64 * 1024];
-        while read < len {
+        while !ended {
             self.step(&mut loses);
             let left = (len - written).min(buffer.len());
-            if let Poll::Ready(wrote) = self.stacks[0].poll_write(client, Waker::noop(), &buffer[..left]) {
+            if left == 0 {
+                self.stacks[0].shut_down(client);
+            } else if let Poll::Ready(wrote) = self.stacks[0].poll_write(client, Waker::noop(), &buffer[..left]) {
                 written += wrote.unwrap();
             }
             if let Poll::Ready(accepted) = self.stacks[1].poll_accept(Bind::port(80), Waker::noop()) {
@@ -228,9 +230,15 @@ impl Link {
             while let Some(id) = server
                 && let Poll::Ready(got) = self.stacks[1].poll_read(id, Waker::noop(), &mut buffer)
             {
-                read += got.unwrap();
+                let got = got.unwrap();
+                read += got;
+                ended = got == 0;
+                if ended {
+                    break;
+                }
             }
         }
+        assert_eq!(read, len);
         (self.now - started, self.sent[0])
     }
 }
@@ -250,5 +258,20 @@ fn a_loss_costs_round_trips_and_not_timers() {
         println!("4 MiB over 20 ms, every {nth}th packet lost: {took:?} and {packets} packets");
         assert_eq!(link.stalls, 0, "every {nth}th lost");
         assert!(took < Duration::from_secs(seconds), "every {nth}th lost: {took:?}");
+    }
+}
+
+#[test]
+fn any_few_packets_in_a_row_may_be_lost_without_waiting_for_a_timer() {
+    // Packets 3 to 5 tell the first round trip; the last one is the end of the stream.
+    for (first, burst, side) in (6..40).flat_map(|first| [(first, 1, 0), (first, 3, 0), (first, 2, 1)]) {
+        let mut link = Link::new(Duration::from_millis(10));
+        let mut count = 0;
+        let lost = |sender: usize| {
+            count += usize::from(sender == side);
+            sender == side && (first..first + burst).contains(&count)
+        };
+        let (took, _) = link.transfer(36 * 1240, lost);
+        assert_eq!(link.stalls, 0, "{burst} lost from packet {first} of side {side}: {took:?}");
     }
 }
