@@ -38,6 +38,10 @@ pub(crate) fn make_room(buffer: &mut BytesMut, chunk: usize) {
     }
 }
 
+/// How much the system takes beyond what it can send at once; then it takes no more until half of it is sent.
+#[cfg(target_os = "linux")]
+const NOT_SENT: u32 = 128 * 1024;
+
 /// Sets up a relay's TCP connection: no waiting for more to send, and an end that has silently gone is noticed after
 /// 15 s of unanswered data, or some 11 min of silence. Options that the system does not have are left alone.
 pub(crate) fn tune(stream: &TcpStream) {
@@ -46,6 +50,9 @@ pub(crate) fn tune(stream: &TcpStream) {
     let _ = socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(Duration::from_secs(600)));
     #[cfg(target_os = "linux")]
     let _ = socket.set_tcp_user_timeout(Some(Duration::from_secs(15)));
+    // What waits, waits in our queue, where disco overtakes it and too much is noticed.
+    #[cfg(target_os = "linux")]
+    let _ = socket.set_tcp_notsent_lowat(NOT_SENT);
 }
 
 /// Writes a file that only its owner may read, as a whole or not at all. The directory is made if it is missing.

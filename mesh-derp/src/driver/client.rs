@@ -49,11 +49,10 @@ pub struct Options {
 }
 
 impl Options {
-    /// The usual settings: not home, and room for 256 data packets.
+    /// The usual settings: not home, and the usual depth of queue.
     #[must_use]
     pub fn new(region: DerpRegion, key: NodePrivate, tls: ClientTls) -> Self {
-        let queue = Depth { data: 256, bytes: 512 * 1024, ..Depth::default() };
-        Self { region, key, tls, home: false, queue, timing: Timing::default() }
+        Self { region, key, tls, home: false, queue: Depth::default(), timing: Timing::default() }
     }
 }
 
@@ -120,7 +119,8 @@ impl Shared {
 
 /// Where packets for a region go in. Cheap to clone; usable from any thread; never blocks.
 ///
-/// Disco overtakes data. When the queue is full, the oldest packet makes room and is counted.
+/// Disco overtakes data. When the queue is full, the oldest packet makes room and is counted; so are packets that are
+/// dropped because all wait too long (see [`queue`](crate::queue)).
 #[derive(Debug, Clone)]
 pub struct Outbox(Arc<Shared>);
 
@@ -135,12 +135,13 @@ impl Outbox {
         let mut taken = 0;
         {
             let mut queue = self.0.queue();
+            let at = now();
             for (destination, payload) in packets {
                 if payload.len() > MAX_PACKET_LEN {
                     self.0.too_long.fetch_add(1, Ordering::Relaxed);
                     continue;
                 }
-                queue.push(destination, payload);
+                queue.push(at, destination, payload);
                 taken += 1;
             }
         }
@@ -367,11 +368,10 @@ impl Open {
         }
         let mut length = 0;
         if self.core.accepts_packets() {
-            let mut queue = shared.queue();
+            let (mut queue, at) = (shared.queue(), now());
             while length < BATCH
-                && let Some(packet) = queue.pop()
+                && let Some(packet) = queue.pop(at)
             {
-                let at = now();
                 length += HEADER_LEN + 32 + packet.payload.len();
                 shared.sent.fetch_add(1, Ordering::Relaxed);
                 shared.sent_bytes.fetch_add(packet.payload.len() as u64, Ordering::Relaxed);

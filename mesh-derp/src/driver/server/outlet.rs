@@ -9,6 +9,7 @@ use mesh_noise::key::NodePublic;
 use tokio::sync::Notify;
 
 use super::counters::Atomics;
+use crate::driver::now;
 use crate::frame::Frame;
 use crate::queue::{Depth, Lane, PacketQueue};
 
@@ -66,7 +67,7 @@ impl Outlet {
         if waiting.abandoned {
             return (Lane::of(&payload), 1);
         }
-        let pushed = waiting.queue.push(source, payload);
+        let pushed = waiting.queue.push(now(), source, payload);
         drop(waiting);
         self.ready.notify_one();
         pushed
@@ -105,6 +106,7 @@ impl Outlet {
     pub(super) fn fill(&self, out: &mut BytesMut, counters: &Atomics) {
         let mut waiting = self.waiting();
         let (mut frames, mut packets, mut bytes) = (0, 0, 0);
+        let dropped = waiting.queue.displaced().data;
         if let Some(data) = waiting.pong.take() {
             Frame::Pong(data).encode(out);
             frames += 1;
@@ -115,13 +117,16 @@ impl Outlet {
             news.encode(out);
             frames += 1;
         }
+        let now = now();
         while out.len() < BATCH
-            && let Some(packet) = waiting.queue.pop()
+            && let Some(packet) = waiting.queue.pop(now)
         {
             bytes += packet.payload.len() as u64;
             packets += 1;
             Frame::RecvPacket { source: packet.node, payload: packet.payload }.encode(out);
         }
+        // What is displaced by a packet is counted when that is put in.
+        counters.dropped_queue_data.add(waiting.queue.displaced().data - dropped);
         drop(waiting);
         counters.frames_out.add(frames + packets);
         counters.packets_out.add(packets);
@@ -133,7 +138,7 @@ impl Outlet {
         self.set_home(false, counters);
         let mut waiting = self.waiting();
         waiting.abandoned = true;
-        std::iter::from_fn(|| waiting.queue.pop()).count() as u64
+        waiting.queue.clear() as u64
     }
 
     /// Ends the connection.
