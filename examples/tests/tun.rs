@@ -160,3 +160,48 @@ fn a_node_with_a_tun_device_answers_for_the_names_of_its_peers() {
     });
     assert_eq!(ask("100.100.100.100", "udp", full, "A").as_deref(), Ok("no such name"));
 }
+
+/// Fetches a file of `size` bytes that `b` serves, and returns how long curl took.
+fn download(net: &Net, url: &str, size: u64) -> Duration {
+    let line = format!("curl -sS --fail --max-time 120 -o /dev/null -w '%{{size_download}} %{{time_total}}' {url}");
+    let said = net.a.host.sh(&line);
+    let (got, seconds) = said.split_once(' ').expect("two figures");
+    assert_eq!(got, size.to_string());
+    Duration::from_secs_f64(seconds.parse().expect("seconds"))
+}
+
+#[test]
+#[ignore = "needs root; prints figures, asserts nothing about speed"]
+fn the_kernels_tcp_by_the_relay() {
+    const SIZE: u64 = 50_000_000;
+    let net = Net::new("rate");
+    for node in [&net.a, &net.b] {
+        node.mesh("set --path relay");
+    }
+    std::fs::write(net.b.host.dir().join("file"), vec![b'.'; 50_000_000]).expect("written");
+    let mut command = net.b.host.command("python3");
+    let _server = net.b.host.spawn("http", command.args(["-m", "http.server", "8000"]));
+    let url = format!("http://{}:8000/file", net.b.addresses()[0]);
+    eventually("the file can be had", Duration::from_secs(15), || {
+        let outcome = net.a.host.try_sh(&format!("curl -sS --fail -I {url}"));
+        if outcome.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&outcome.stderr).into_owned()) }
+    });
+    let relayed = || admin(&net.hub, "relay")["packets_out"].as_u64().expect("a count");
+    let before = relayed();
+    let mut took: Vec<Duration> = (0..5).map(|_| download(&net, &url, SIZE)).collect();
+    let packets = relayed() - before;
+    assert!(packets > 5 * SIZE / 1300, "only {packets} packets went by the relay");
+    took.sort();
+    let ms: Vec<_> = took.iter().map(Duration::as_millis).collect();
+    let rate = SIZE as f64 / 1e6 / took[2].as_secs_f64();
+    println!("50 MB by the relay in {ms:?} ms, median {rate:.1} MB/s");
+    println!("relay: {}", admin(&net.hub, "relay"));
+    for node in [&net.a, &net.b] {
+        let status: Value = serde_json::from_str(&node.mesh("status --json")).expect("JSON");
+        println!("dropped: {}", status["drops"]);
+    }
+    println!(
+        "{}",
+        net.b.host.sh("nstat -az TcpRetransSegs TcpExtTCPTimeouts TcpExtTCPLossProbes TcpExtTCPFastRetrans || true")
+    );
+}
