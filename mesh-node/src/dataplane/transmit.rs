@@ -51,6 +51,8 @@ struct Transmitter<'a> {
     shared: &'a Shared,
     batch: Batch,
     sockets: Guard<Arc<Vec<NumberedSocket>>>,
+    /// What `sockets` is while the device is idle.
+    no_sockets: Arc<Vec<NumberedSocket>>,
     /// By position in `sockets`.
     outgoing: Vec<Vec<Outgoing>>,
 }
@@ -59,7 +61,7 @@ impl<'a> Transmitter<'a> {
     fn new(shared: &'a Shared, batch: Batch) -> Self {
         let sockets = shared.sockets.load();
         let outgoing = sockets.iter().map(|_| Vec::with_capacity(batch.capacity())).collect();
-        Self { shared, batch, sockets, outgoing }
+        Self { shared, batch, sockets, no_sockets: Arc::default(), outgoing }
     }
 
     /// One batch.
@@ -104,7 +106,7 @@ impl<'a> Transmitter<'a> {
         }
         self.flush();
         // Holding on to old sockets would keep closed ones open while the device is idle.
-        self.sockets = Guard::from_inner(Arc::default());
+        self.sockets = Guard::from_inner(Arc::clone(&self.no_sockets));
         Ok(())
     }
 
