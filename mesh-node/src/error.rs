@@ -73,7 +73,6 @@ pub enum Error {
     ShutDown,
 }
 
-#[expect(clippy::wildcard_enum_match_arm, reason = "other reasons have no remedy that we know of")]
 fn listen_hint(error: &io::Error) -> &'static str {
     let hints = [
         (io::ErrorKind::AddrInUse, "; choose another port or stop what uses it"),
@@ -84,7 +83,7 @@ fn listen_hint(error: &io::Error) -> &'static str {
 }
 
 /// `timeout` without the fraction that is left of it after other work.
-pub(crate) fn whole(timeout: Duration) -> Duration {
+fn whole(timeout: Duration) -> Duration {
     if timeout < Duration::from_secs(1) { timeout } else { Duration::from_secs_f64(timeout.as_secs_f64().round()) }
 }
 

@@ -168,8 +168,7 @@ impl Node {
             Err(_) => match &*states.borrow() {
                 NodeState::Starting { error: Some(error), .. } => Err(Error::Refused(error.clone())),
                 NodeState::NeedsLogin { url } => {
-                    let waited = crate::error::whole(timeout);
-                    Err(Error::Refused(format!("nobody has approved this node within {waited:.0?}: {url}")))
+                    Err(Error::Refused(format!("nobody has approved this node yet: {url}")))
                 }
                 NodeState::Starting { error: None, .. } | NodeState::Stopped { .. } | NodeState::Running => {
                     Err(Error::Timeout(timeout))
@@ -217,6 +216,9 @@ impl Node {
     /// [`Error::UnknownPeer`]; [`Error::Timeout`] if it does not answer.
     pub async fn ping(&self, peer: &str, size: Option<usize>, timeout: Duration) -> Result<Pong, Error> {
         let entry = self.find(peer)?;
+        if self.directory().this().is_some_and(|this| this.key == entry.key) {
+            return Err(Error::Setting(format!("{peer} is this node itself")));
+        }
         let key = entry.key;
         let asked = self.ask(|reply| Request::Ping { peer: key, size, reply });
         let (via, latency) = tokio::time::timeout(timeout, asked).await.map_err(|_| Error::Timeout(timeout))??;
