@@ -100,12 +100,14 @@ pub(crate) async fn ip(socket: PathBuf, peer: Option<String>) -> anyhow::Result<
         None => client.ip().await?.addresses,
         Some(peer) => {
             let status = client.status().await?;
-            let found = status.peers.into_iter().find(|candidate| {
-                candidate.name == peer
-                    || candidate.name.split('.').next() == Some(peer.as_str())
-                    || cli::as_address(&peer).is_some_and(|address| candidate.addresses.contains(&address))
+            let this = (status.this.name, status.this.addresses);
+            let all = status.peers.into_iter().map(|peer| (peer.name, peer.addresses)).chain([this]);
+            let found = all.into_iter().find(|(name, addresses)| {
+                name.eq_ignore_ascii_case(&peer)
+                    || name.split('.').next().is_some_and(|short| short.eq_ignore_ascii_case(&peer))
+                    || cli::as_address(&peer).is_some_and(|address| addresses.contains(&address))
             });
-            found.with_context(|| format!("no peer is called or addressed {peer:?}; see `mesh status`"))?.addresses
+            found.with_context(|| format!("no peer is called or addressed {peer:?}; see `mesh status`"))?.1
         }
     };
     for address in addresses {

@@ -89,6 +89,8 @@ fn ping_counts_pads_and_fails_when_nobody_answers() {
 
     assert!(a.refusal("ping nobody --timeout 1s").contains("nobody"));
     assert!(a.refusal("ip nobody").contains("nobody"));
+    assert!(a.refusal("ping anna").contains("this node itself"));
+    assert_eq!(a.ok("ip ANNA"), a.ok("ip"));
     b.running.stop();
     let line = a.refusal("ping bert --timeout 2s");
     assert!(line.contains("bert did not answer within 2s"), "{line}");
