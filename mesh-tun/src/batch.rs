@@ -42,8 +42,14 @@ impl Batch {
     /// A batch of `capacity` slots for packets of up to `packet_size` bytes.
     #[must_use]
     pub fn new(capacity: usize, packet_size: usize) -> Self {
-        let stride = (HEADROOM + packet_size + TAILROOM).next_multiple_of(64);
-        Self { storage: vec![0; stride * capacity].into(), stride, used: 0, packets: Vec::with_capacity(capacity) }
+        Self::with_slots(capacity, packet_size, 1)
+    }
+
+    /// A batch of `slots` slots of `slot_size` bytes, each of which may hold up to `packets` packets.
+    pub(crate) fn with_slots(slots: usize, slot_size: usize, packets: usize) -> Self {
+        let stride = (HEADROOM + slot_size + TAILROOM).next_multiple_of(64);
+        let packets = Vec::with_capacity(slots * packets);
+        Self { storage: vec![0; stride * slots].into(), stride, used: 0, packets }
     }
 
     /// How many slots there are.
@@ -189,6 +195,20 @@ impl Batch {
         self.used += 1;
         self.packets.push(Span { start, end: start + len, floor, limit: floor + self.stride });
     }
+
+    /// Takes the next slot as holding packets of `segment` bytes, one behind another without room between them, the last
+    /// maybe shorter: `len` bytes in all.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn commit_many(&mut self, len: usize, segment: usize) {
+        assert!(!self.is_full() && len <= self.packet_size(), "the packets are longer than their slot");
+        assert_ne!(segment, 0, "a packet has a length");
+        let start = self.used * self.stride + HEADROOM;
+        self.used += 1;
+        self.packets.extend((start..start + len).step_by(segment).map(|at| {
+            let end = (at + segment).min(start + len);
+            Span { start: at, end, floor: at, limit: end }
+        }));
+    }
 }
 
 /// A free slot of a [`Batch`].
@@ -257,6 +277,20 @@ mod tests {
         assert_eq!(batch.iter().collect::<Vec<_>>(), [b"payload".as_slice(), b""]);
         batch.clear();
         assert!(batch.is_empty());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn one_slot_may_hold_many_packets() {
+        let mut batch = Batch::with_slots(2, 64, 8);
+        batch.vacancies().next().unwrap()[..7].copy_from_slice(b"aabbccd");
+        batch.commit_many(7, 2);
+        assert!(batch.push(b"next"));
+        assert_eq!(batch.iter().collect::<Vec<_>>(), [b"aa".as_slice(), b"bb", b"cc", b"d", b"next"]);
+        batch.narrow(1, 1..2);
+        batch.discard(2);
+        assert_eq!(batch.iter().collect::<Vec<_>>(), [b"aa".as_slice(), b"b", b"", b"d", b"next"]);
+        assert!(batch.is_full());
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! The system calls that no safe crate offers: one a function, each with its argument for being sound.
-#![expect(unsafe_code, reason = "recvmmsg and sendmmsg have no safe wrapper that keeps its buffers")]
+#![expect(unsafe_code, reason = "no safe wrapper keeps the buffers of recvmmsg and sendmmsg, or knows these options")]
 
 use std::io;
 use std::mem::{self, MaybeUninit};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// The most datagrams that one call moves.
+/// The most messages that one call moves.
 pub(super) const MAX_MESSAGES: usize = 64;
+
+/// The most pieces of memory that the messages of one call are gathered from.
+const MAX_PARTS: usize = 256;
 
 #[expect(clippy::cast_possible_truncation, reason = "address families are small numbers")]
 const AF_INET: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
@@ -22,22 +25,47 @@ union Address {
     v6: libc::sockaddr_in6,
 }
 
-/// One datagram to send.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Message<'a> {
-    pub(super) to: SocketAddr,
-    pub(super) datagram: &'a [u8],
+/// The kernel's answer with `UDP_GRO`: the length of each datagram but the last in what was received.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct GatherControl {
+    header: libc::cmsghdr,
+    segment: libc::c_int,
+    /// Room for the padding that `CMSG_SPACE` asks for.
+    _padding: [u8; 12],
 }
 
-/// One datagram received into the buffer of the same index.
+/// Our wish with `UDP_SEGMENT`: the length of each datagram but the last in what is sent.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SegmentControl {
+    header: libc::cmsghdr,
+    segment: u16,
+    /// Room for the padding that `CMSG_SPACE` asks for.
+    _padding: [u8; 6],
+}
+
+/// Datagrams to send to one receiver.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Message<D> {
+    pub(super) to: SocketAddr,
+    /// The datagrams, in pieces of memory; more than one needs `segment`.
+    pub(super) datagrams: D,
+    /// With several datagrams, the length of each but the last, which may be shorter.
+    pub(super) segment: Option<u16>,
+}
+
+/// What was received into the buffer of the same index.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Received {
     pub(super) from: Option<SocketAddr>,
     pub(super) len: usize,
+    /// The length of each datagram but the last, if there is more than one.
+    pub(super) segment: Option<usize>,
     pub(super) truncated: bool,
 }
 
-/// Receives up to [`MAX_MESSAGES`] datagrams without waiting, one into each of `buffers`, reporting each to `each`.
+/// Receives into up to [`MAX_MESSAGES`] of `buffers` without waiting, reporting each to `each`.
 pub(super) fn recvmmsg<'a>(
     fd: BorrowedFd<'_>,
     buffers: impl Iterator<Item = &'a mut [u8]>,
@@ -45,11 +73,15 @@ pub(super) fn recvmmsg<'a>(
 ) -> io::Result<usize> {
     let mut names = [MaybeUninit::<Address>::uninit(); MAX_MESSAGES];
     let mut parts = [MaybeUninit::<libc::iovec>::uninit(); MAX_MESSAGES];
+    let mut controls = [MaybeUninit::<GatherControl>::uninit(); MAX_MESSAGES];
     let mut headers = [MaybeUninit::<libc::mmsghdr>::uninit(); MAX_MESSAGES];
     let mut count = 0;
-    for (((buffer, name), part), header) in buffers.zip(&mut names).zip(&mut parts).zip(&mut headers) {
+    let room = names.iter_mut().zip(&mut parts).zip(&mut controls).zip(&mut headers);
+    for (buffer, (((name, part), control), header)) in buffers.zip(room) {
         let part = part.write(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
-        header.write(header_for(name.as_mut_ptr(), part));
+        let header = header.write(header_for(name.as_mut_ptr(), part, 1));
+        header.msg_hdr.msg_control = control.as_mut_ptr().cast();
+        header.msg_hdr.msg_controllen = size_of::<GatherControl>() as _;
         count += 1;
     }
     if count == 0 {
@@ -57,36 +89,49 @@ pub(super) fn recvmmsg<'a>(
     }
     let flags = libc::MSG_DONTWAIT as _;
     let wanted = u32::try_from(count).unwrap_or(0);
-    // SAFETY: the first `count` headers are initialised; each points to a name and an iovec in arrays that outlive the
-    // call and are used by that header only, and each iovec to a buffer that this function borrows exclusively until it
-    // returns, since `buffers` yields disjoint `&mut` slices. No timeout is given.
+    // SAFETY: the first `count` headers are initialised; each points to a name, a control buffer and an iovec in arrays
+    // that outlive the call and are used by that header only, with the lengths they have, and each iovec to a buffer that
+    // this function borrows exclusively until it returns, since `buffers` yields disjoint `&mut` slices. No timeout is
+    // given.
     let received =
         unsafe { libc::recvmmsg(fd.as_raw_fd(), headers.as_mut_ptr().cast(), wanted, flags, std::ptr::null_mut()) };
     let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
-    for (header, name) in headers.iter().zip(&names).take(received.min(count)) {
+    for ((header, name), control) in headers.iter().zip(&names).zip(&controls).take(received.min(count)) {
         // SAFETY: `received` headers at most `count` were initialised above and then updated by the kernel.
         let header = unsafe { header.assume_init_ref() };
         let from = address(name, header.msg_hdr.msg_namelen);
         let truncated = header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0;
-        each(Received { from, len: header.msg_len as usize, truncated });
+        let segment = gathered(control, header.msg_hdr.msg_controllen);
+        each(Received { from, len: header.msg_len as usize, segment, truncated });
     }
     Ok(received)
 }
 
-/// Sends up to [`MAX_MESSAGES`] datagrams without waiting and returns how many went out; an error is about the first.
-pub(super) fn sendmmsg<'a>(fd: BorrowedFd<'_>, messages: impl Iterator<Item = Message<'a>>) -> io::Result<usize> {
+/// Sends up to [`MAX_MESSAGES`] messages without waiting and returns how many went out; an error is about the first.
+pub(super) fn sendmmsg<'a, D: ExactSizeIterator<Item = &'a [u8]>>(
+    fd: BorrowedFd<'_>,
+    messages: impl Iterator<Item = Message<D>>,
+) -> io::Result<usize> {
     let mut names = [MaybeUninit::<Address>::uninit(); MAX_MESSAGES];
-    let mut parts = [MaybeUninit::<libc::iovec>::uninit(); MAX_MESSAGES];
+    let mut parts = [MaybeUninit::<libc::iovec>::uninit(); MAX_PARTS];
+    let mut controls = [MaybeUninit::<SegmentControl>::uninit(); MAX_MESSAGES];
     let mut headers = [MaybeUninit::<libc::mmsghdr>::uninit(); MAX_MESSAGES];
-    let mut count = 0;
-    for (((message, name), part), header) in messages.zip(&mut names).zip(&mut parts).zip(&mut headers) {
+    let (mut count, mut free) = (0, parts.as_mut_slice());
+    for (message, ((name, control), header)) in messages.zip(names.iter_mut().zip(&mut controls).zip(&mut headers)) {
+        let Some((mine, others)) = mem::take(&mut free).split_at_mut_checked(message.datagrams.len()) else { break };
+        free = others;
+        let mut written = 0;
+        for (part, datagram) in mine.iter_mut().zip(message.datagrams) {
+            part.write(libc::iovec { iov_base: datagram.as_ptr().cast_mut().cast(), iov_len: datagram.len() });
+            written += 1;
+        }
         let (address, len) = raw(message.to);
-        let name = name.write(address);
-        let part = part.write(libc::iovec {
-            iov_base: message.datagram.as_ptr().cast_mut().cast(),
-            iov_len: message.datagram.len(),
-        });
-        header.write(header_for(name, part)).msg_hdr.msg_namelen = len;
+        let header = header.write(header_for(name.write(address), mine.as_mut_ptr().cast(), written));
+        header.msg_hdr.msg_namelen = len;
+        if let Some(segment) = message.segment {
+            header.msg_hdr.msg_control = std::ptr::from_mut(control.write(segment_control(segment))).cast();
+            header.msg_hdr.msg_controllen = size_of::<SegmentControl>() as _;
+        }
         count += 1;
     }
     if count == 0 {
@@ -94,20 +139,65 @@ pub(super) fn sendmmsg<'a>(fd: BorrowedFd<'_>, messages: impl Iterator<Item = Me
     }
     let flags = (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as _;
     let wanted = u32::try_from(count).unwrap_or(0);
-    // SAFETY: the first `count` headers are initialised, and so are the names and iovecs they point to, which outlive
-    // the call. The iovecs point into `&'a [u8]` slices that live beyond this function; the kernel only reads them,
-    // whatever the pointer type says.
+    // SAFETY: the first `count` headers are initialised, and so are the names and the control messages they point to,
+    // and as many iovecs as they say, each used by one header; all outlive the call. The iovecs point into `&'a [u8]`
+    // slices that live beyond this function; the kernel only reads them, whatever the pointer type says.
     let sent = unsafe { libc::sendmmsg(fd.as_raw_fd(), headers.as_mut_ptr().cast(), wanted, flags) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-fn header_for(name: *mut Address, part: *mut libc::iovec) -> libc::mmsghdr {
+/// Asks the kernel to hand over neighbouring datagrams of one sender as one (`UDP_GRO`, Linux 5.0).
+pub(super) fn set_udp_gro(fd: BorrowedFd<'_>, on: bool) -> io::Result<()> {
+    let value = libc::c_int::from(on);
+    // SAFETY: the option's value is an int, and the pointer and length given are those of one that outlives the call.
+    let outcome = unsafe {
+        let value = std::ptr::from_ref(&value).cast();
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_UDP, libc::UDP_GRO, value, socklen::<libc::c_int>())
+    };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sends without UDP checksums: the kernel then refuses to segment, as drivers may.
+#[cfg(test)]
+pub(super) fn set_no_check(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let value: libc::c_int = 1;
+    // SAFETY: the option's value is an int, and the pointer and length given are those of one that outlives the call.
+    let outcome = unsafe {
+        let value = std::ptr::from_ref(&value).cast();
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_NO_CHECK, value, socklen::<libc::c_int>())
+    };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn segment_control(segment: u16) -> SegmentControl {
+    // SAFETY: `cmsghdr` is plain data for which zero bytes are valid.
+    let mut header: libc::cmsghdr = unsafe { mem::zeroed() };
+    header.cmsg_level = libc::SOL_UDP;
+    header.cmsg_type = libc::UDP_SEGMENT;
+    header.cmsg_len = (mem::offset_of!(SegmentControl, segment) + size_of::<u16>()) as _;
+    SegmentControl { header, segment, _padding: [0; 6] }
+}
+
+/// What the control message of `len` bytes says, if it is the one asked for.
+fn gathered(control: &MaybeUninit<GatherControl>, len: usize) -> Option<usize> {
+    let end = mem::offset_of!(GatherControl, segment) + size_of::<libc::c_int>();
+    if len < end {
+        return None;
+    }
+    // SAFETY: the kernel reports that it wrote at least up to the end of `segment`. The fields are read through the
+    // pointer, so the padding, which may not be written, is not touched; any bytes are valid for them.
+    let (header, segment) = unsafe { ((*control.as_ptr()).header, (*control.as_ptr()).segment) };
+    let ours = header.cmsg_level == libc::SOL_UDP && header.cmsg_type == libc::UDP_GRO && header.cmsg_len >= end;
+    usize::try_from(segment).ok().filter(|segment| ours && *segment > 0)
+}
+
+fn header_for(name: *mut Address, parts: *mut libc::iovec, count: usize) -> libc::mmsghdr {
     // SAFETY: `mmsghdr` is plain data for which zero bytes are valid: null pointers, no control data, no flags.
     let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
     header.msg_hdr.msg_name = name.cast();
     header.msg_hdr.msg_namelen = socklen::<Address>();
-    header.msg_hdr.msg_iov = part;
-    header.msg_hdr.msg_iovlen = 1;
+    header.msg_hdr.msg_iov = parts;
+    header.msg_hdr.msg_iovlen = count as _;
     header
 }
 

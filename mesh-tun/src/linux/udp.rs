@@ -1,9 +1,21 @@
-//! UDP sockets that move datagrams in batches, one system call for up to 64, shared by any number of threads.
+//! UDP sockets that move datagrams in batches, shared by any number of threads.
+//!
+//! One system call moves up to 64 messages, and where the kernel helps, a message is up to 64 datagrams:
+//!
+//! ```text
+//! send:     neighbours in the batch with one receiver and one length ─► one message with UDP_SEGMENT
+//!           (the last may be shorter), gathered from where they lie; up to 64 and 65,000 bytes
+//! receive:  UDP_GRO joins neighbours of one sender ─► one buffer of 64 KiB, seen as many packets of the batch
+//! ```
+//!
+//! The order of datagrams never changes. A driver that cannot segment answers EIO or EINVAL: from then on the socket sends
+//! one datagram a message, and the refused ones first.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -17,6 +29,50 @@ use crate::device::closed;
 
 /// How long a full send buffer may hold a sender up before the rest of its batch is dropped.
 const SEND_PATIENCE: Duration = Duration::from_millis(20);
+
+/// The most datagrams and bytes that the kernel segments a message into, with room for the headers of the outer packet.
+const MAX_SEGMENTS: usize = 64;
+const MAX_SEGMENTED: usize = 65_000;
+
+/// Buffers with [`Config::gather`], and the bytes of each: whatever the kernel joins fits.
+const GATHERED: usize = 16;
+const GATHERED_SIZE: usize = 1 << 16;
+
+/// What the kernel is trusted with when it segments for us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Segmentation {
+    /// Nothing: each message is one datagram.
+    Off = 0,
+    /// Datagrams of one length. Linux 7.0 to 7.1.4 damage a shorter last one.
+    Equal = 1,
+    /// Datagrams of one length and a shorter last one.
+    Full = 2,
+}
+
+impl Segmentation {
+    /// What the running kernel does right.
+    #[must_use]
+    pub fn of_this_kernel() -> Self {
+        std::fs::read_to_string("/proc/sys/kernel/osrelease").map_or(Self::Full, |release| Self::of_kernel(&release))
+    }
+
+    /// What the kernel with this release (`uname -r`) does right.
+    fn of_kernel(release: &str) -> Self {
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+        let mut next = || numbers.next().unwrap_or(0_u32);
+        let version = (next(), next(), next());
+        if ((7, 0, 0)..=(7, 1, 4)).contains(&version) { Self::Equal } else { Self::Full }
+    }
+
+    fn from_word(word: u8) -> Self {
+        match word {
+            0 => Self::Off,
+            1 => Self::Equal,
+            _ => Self::Full,
+        }
+    }
+}
 
 /// How a socket is made. The defaults run well.
 #[derive(Debug, Clone)]
@@ -33,6 +89,10 @@ pub struct Config {
     pub mark: Option<u32>,
     /// The longest datagram expected, in bytes; longer ones are dropped and counted as truncated. Default 2048.
     pub datagram_size: usize,
+    /// How far the kernel segments what is sent (`UDP_SEGMENT`); default what the running kernel does right.
+    pub segmentation: Segmentation,
+    /// Whether the kernel joins what is received (`UDP_GRO`), where it can; default true.
+    pub gather: bool,
 }
 
 impl Default for Config {
@@ -43,6 +103,8 @@ impl Default for Config {
             send_buffer: 2 << 20,
             mark: None,
             datagram_size: 2048,
+            segmentation: Segmentation::of_this_kernel(),
+            gather: true,
         }
     }
 }
@@ -75,6 +137,9 @@ pub struct UdpBatch {
     local: SocketAddr,
     marked: bool,
     datagram_size: usize,
+    /// A [`Segmentation`], lowered when the system refuses.
+    segmentation: AtomicU8,
+    gather: bool,
 }
 
 /// What became of a batch that was sent.
@@ -93,6 +158,7 @@ pub struct Sent {
 pub struct RecvBatch {
     batch: Batch,
     sources: Vec<SocketAddr>,
+    datagram_size: usize,
     truncated: u64,
 }
 
@@ -139,7 +205,9 @@ impl UdpBatch {
         }
         let marked = config.mark.is_some_and(|mark| socket.set_mark(mark).is_ok());
         let closer = Closer::new().map_err(|error| Error::system(what(), error))?;
-        Ok(Arc::new(Self { socket, closer, local, marked, datagram_size: config.datagram_size }))
+        let gather = config.gather && sys::set_udp_gro(socket.as_fd(), true).is_ok();
+        let (segmentation, datagram_size) = (AtomicU8::new(config.segmentation as u8), config.datagram_size);
+        Ok(Arc::new(Self { socket, closer, local, marked, datagram_size, segmentation, gather }))
     }
 
     /// The address it is bound to, with the port the system chose.
@@ -162,10 +230,27 @@ impl UdpBatch {
         self.marked
     }
 
-    /// Room for `capacity` datagrams of this socket's size.
+    /// How far the kernel segments what is sent: less than asked for once it has refused.
+    #[must_use]
+    pub fn segmentation(&self) -> Segmentation {
+        Segmentation::from_word(self.segmentation.load(Ordering::Relaxed))
+    }
+
+    /// Whether the kernel joins what is received.
+    #[must_use]
+    pub fn gathers(&self) -> bool {
+        self.gather
+    }
+
+    /// Room for about `capacity` datagrams of this socket's size: fewer buffers, but larger ones, if it gathers.
     #[must_use]
     pub fn recv_room(&self, capacity: usize) -> RecvBatch {
-        RecvBatch::new(capacity, self.datagram_size)
+        if self.gather {
+            let batch = Batch::with_slots(capacity.clamp(1, GATHERED), GATHERED_SIZE, MAX_SEGMENTS);
+            RecvBatch::with(batch, self.datagram_size)
+        } else {
+            RecvBatch::new(capacity, self.datagram_size)
+        }
     }
 
     /// Replaces the content of `batch` by what has arrived, waiting up to `timeout` for the first datagram.
@@ -208,14 +293,12 @@ impl UdpBatch {
         let mut outcome = Sent::default();
         let mut rest = outgoing;
         while !rest.is_empty() {
-            let messages = rest.iter().map(|outgoing| sys::Message {
-                to: outgoing.to,
-                datagram: &batch.storage()[batch.range(outgoing.index)],
-            });
-            match sys::sendmmsg(self.socket.as_fd(), messages) {
+            let runs = Runs { batch, rest, segmentation: self.segmentation() };
+            match sys::sendmmsg(self.socket.as_fd(), runs.clone().map(|run| run.message(batch))) {
                 Ok(count) => {
+                    let count: usize = runs.take(count.max(1)).map(|run| run.datagrams.len()).sum();
                     outcome.sent += count;
-                    rest = rest.get(count.max(1)..).unwrap_or_default();
+                    rest = &rest[count..];
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     match self.closer.writable(self.socket.as_fd(), SEND_PATIENCE) {
@@ -227,9 +310,13 @@ impl UdpBatch {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if runs.is_refused(&error) => {
+                    self.segmentation.store(Segmentation::Off as u8, Ordering::Relaxed);
+                }
                 Err(_) => {
-                    outcome.failed += 1;
-                    rest = &rest[1..];
+                    let count = runs.clone().next().map_or(1, |run| run.datagrams.len());
+                    outcome.failed += count;
+                    rest = &rest[count..];
                 }
             }
         }
@@ -241,7 +328,8 @@ impl UdpBatch {
     /// # Errors
     /// Whatever the system answers; [`io::ErrorKind::WouldBlock`] if the send buffer is full.
     pub fn send_to(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
-        sys::sendmmsg(self.socket.as_fd(), std::iter::once(sys::Message { to, datagram })).map(drop)
+        let message = sys::Message { to, datagrams: std::iter::once(datagram), segment: None };
+        sys::sendmmsg(self.socket.as_fd(), std::iter::once(message)).map(drop)
     }
 
     /// Ends the socket for all threads: blocked receivers wake at once.
@@ -250,11 +338,75 @@ impl UdpBatch {
     }
 }
 
+/// What is to be sent, cut into messages.
+#[derive(Clone)]
+struct Runs<'a> {
+    batch: &'a Batch,
+    rest: &'a [Outgoing],
+    segmentation: Segmentation,
+}
+
+/// Datagrams that leave in one message.
+struct Run<'a> {
+    to: SocketAddr,
+    datagrams: &'a [Outgoing],
+    segment: Option<u16>,
+}
+
+impl Runs<'_> {
+    /// Whether the system refused to segment the first run, rather than one of its datagrams.
+    fn is_refused(&self, error: &io::Error) -> bool {
+        let code = error.raw_os_error();
+        matches!(code, Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE | libc::EOPNOTSUPP))
+            && self.clone().next().is_some_and(|run| run.segment.is_some())
+    }
+}
+
+impl<'a> Iterator for Runs<'a> {
+    type Item = Run<'a>;
+
+    fn next(&mut self) -> Option<Run<'a>> {
+        let first = self.rest.first()?;
+        let segment = self.batch.range(first.index).len();
+        let (mut count, mut total) = (1, segment);
+        if self.segmentation != Segmentation::Off {
+            for next in &self.rest[1..] {
+                let len = self.batch.range(next.index).len();
+                let shorter = len != segment;
+                let fits = next.to == first.to && count < MAX_SEGMENTS && total + len <= MAX_SEGMENTED;
+                if !fits || len > segment || len == 0 || (shorter && self.segmentation == Segmentation::Equal) {
+                    break;
+                }
+                (count, total) = (count + 1, total + len);
+                if shorter {
+                    break;
+                }
+            }
+        }
+        let (datagrams, rest) = self.rest.split_at(count);
+        self.rest = rest;
+        let segment = u16::try_from(segment).ok().filter(|_| count > 1);
+        Some(Run { to: first.to, datagrams, segment })
+    }
+}
+
+impl<'a> Run<'a> {
+    fn message(self, batch: &'a Batch) -> sys::Message<impl ExactSizeIterator<Item = &'a [u8]>> {
+        let datagrams = self.datagrams.iter().map(|outgoing| &batch.storage()[batch.range(outgoing.index)]);
+        sys::Message { to: self.to, datagrams, segment: self.segment }
+    }
+}
+
 impl RecvBatch {
     /// Room for `capacity` datagrams of up to `datagram_size` bytes.
     #[must_use]
     pub fn new(capacity: usize, datagram_size: usize) -> Self {
-        Self { batch: Batch::new(capacity, datagram_size), sources: Vec::with_capacity(capacity), truncated: 0 }
+        Self::with(Batch::new(capacity, datagram_size), datagram_size)
+    }
+
+    fn with(batch: Batch, datagram_size: usize) -> Self {
+        let sources = Vec::with_capacity(batch.capacity() * MAX_SEGMENTS);
+        Self { batch, sources, datagram_size, truncated: 0 }
     }
 
     /// The datagrams, to be opened in place.
@@ -300,25 +452,33 @@ impl RecvBatch {
         self.sources.clear();
     }
 
+    /// One call; returns the number of datagrams.
     fn fill(&mut self, socket: &Socket) -> io::Result<usize> {
-        let mut lens = [(0, None); sys::MAX_MESSAGES];
-        let mut filled = lens.iter_mut();
-        let size = self.batch.packet_size();
+        let mut messages = [None; sys::MAX_MESSAGES];
+        let mut filled = messages.iter_mut();
         let count = sys::recvmmsg(socket.as_fd(), self.batch.vacancies(), |received| {
             if let Some(slot) = filled.next() {
-                let whole = !received.truncated && received.len <= size;
-                *slot = (received.len.min(size), received.from.filter(|_| whole));
+                *slot = Some(received);
             }
         })?;
-        for (len, from) in lens.into_iter().take(count) {
-            self.batch.commit(len);
-            self.sources.push(from.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)));
-            if from.is_none() {
-                self.truncated += 1;
-                self.batch.discard(self.batch.len() - 1);
+        let before = self.batch.len();
+        for received in messages.into_iter().take(count).flatten() {
+            let segment = received.segment.unwrap_or(received.len).min(received.len);
+            let whole = !received.truncated && segment <= self.datagram_size;
+            match received.from.filter(|_| whole) {
+                Some(from) if segment > 0 => {
+                    self.batch.commit_many(received.len, segment);
+                    self.sources.resize(self.batch.len(), from);
+                }
+                from => {
+                    // An empty datagram says nothing either.
+                    self.batch.commit(0);
+                    self.sources.push(from.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)));
+                    self.truncated += u64::from(from.is_none());
+                }
             }
         }
-        Ok(count)
+        Ok(self.batch.len() - before)
     }
 }
 
@@ -368,9 +528,116 @@ mod tests {
         }
     }
 
+    /// Loopback sockets in every combination of what the kernel may do for us.
+    fn pairs() -> impl Iterator<Item = (Arc<UdpBatch>, Arc<UdpBatch>)> {
+        let modes = [Segmentation::Off, Segmentation::Equal, Segmentation::Full];
+        modes.into_iter().flat_map(|segmentation| [false, true].map(|gather| (segmentation, gather))).map(
+            |(segmentation, gather)| {
+                let loopback = Config::bound_to("127.0.0.1:0".parse().unwrap());
+                let sender = UdpBatch::bind(&Config { segmentation, ..loopback.clone() }).unwrap();
+                (sender, UdpBatch::bind(&Config { gather, ..loopback }).unwrap())
+            },
+        )
+    }
+
+    /// Sends datagrams of these lengths and checks that they arrive whole and in order.
+    fn exchange(sender: &UdpBatch, receiver: &UdpBatch, lens: &[usize]) {
+        let mut batch = Batch::new(lens.len(), 2048);
+        let mut outgoing = Vec::new();
+        for (index, len) in lens.iter().enumerate() {
+            let fill: Vec<_> = (0..*len).map(|at| u8::try_from((at + 31 * index) % 251).unwrap()).collect();
+            assert!(batch.push(&fill));
+            outgoing.push(Outgoing { to: receiver.local_addr(), index });
+        }
+        assert_eq!(sender.send_batch(&batch, &outgoing), Sent { sent: lens.len(), failed: 0, dropped: 0 });
+        let (mut room, mut seen) = (receiver.recv_room(64), 0);
+        while seen < lens.len() {
+            let count = receiver.recv_batch(&mut room, SOON).unwrap();
+            assert_ne!(count, 0, "{seen} of {} arrived", lens.len());
+            assert_eq!(count, room.len());
+            for index in 0..count {
+                assert_eq!(room.batch().packet(index), batch.packet(seen), "datagram {seen}");
+                assert_eq!(room.source(index), sender.local_addr());
+                seen += 1;
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_the_kernel_does_for_us_datagrams_are_the_same() {
+        for (sender, receiver) in pairs() {
+            let asked = sender.segmentation();
+            exchange(&sender, &receiver, &[1312; 60]);
+            exchange(&sender, &receiver, &[1312, 1312, 1312, 400, 1312, 1312, 64, 64, 64, 65, 1312, 1311, 1312]);
+            exchange(&sender, &receiver, &[&[32; 200][..], &[2048; 40], &[1], &[2, 1]].concat());
+            assert_eq!(sender.segmentation(), asked, "nothing was refused");
+        }
+    }
+
+    #[test]
+    fn runs_end_with_receiver_length_and_what_the_kernel_takes() {
+        let mut batch = Batch::new(200, 2048);
+        let lens = [&[1000; 70][..], &[400, 400, 500], &[1500; 50]].concat();
+        let to = |index| SocketAddr::from(([127, 0, 0, 1], if index == 1 { 9 } else { 8 }));
+        let outgoing: Vec<_> = lens
+            .iter()
+            .enumerate()
+            .map(|(index, len)| {
+                assert!(batch.push(&vec![0; *len]));
+                Outgoing { to: to(index), index }
+            })
+            .collect();
+        let runs = |segmentation| {
+            let runs = Runs { batch: &batch, rest: &outgoing, segmentation };
+            runs.map(|run| (run.datagrams.len(), run.segment.unwrap_or(0))).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            runs(Segmentation::Full),
+            [(1, 0), (1, 0), (64, 1000), (5, 1000), (1, 0), (1, 0), (43, 1500), (7, 1500)]
+        );
+        assert_eq!(
+            runs(Segmentation::Equal),
+            [(1, 0), (1, 0), (64, 1000), (4, 1000), (2, 400), (1, 0), (43, 1500), (7, 1500)]
+        );
+        assert_eq!(runs(Segmentation::Off), vec![(1, 0); lens.len()]);
+    }
+
+    #[test]
+    fn refused_segments_are_sent_again_one_by_one_for_good() {
+        // Loopback segments in software unless the socket sends without checksums: that, EIO refuses.
+        let sender = UdpBatch::bind(&Config::bound_to("127.0.0.1:0".parse().unwrap())).unwrap();
+        let receiver = UdpBatch::bind(&Config::bound_to("127.0.0.1:0".parse().unwrap())).unwrap();
+        sys::set_no_check(sender.socket.as_fd()).unwrap();
+        exchange(&sender, &receiver, &[700; 20]);
+        assert_eq!(sender.segmentation(), Segmentation::Off);
+        exchange(&sender, &receiver, &[700; 20]);
+    }
+
+    #[test]
+    fn kernels_that_damage_a_shorter_last_segment_are_known() {
+        for (release, expected) in [
+            ("6.18.44-fc-v669", Segmentation::Full),
+            ("7.0.0", Segmentation::Equal),
+            ("7.0-rc3", Segmentation::Equal),
+            ("7.1.4-1-arch", Segmentation::Equal),
+            ("7.1.5", Segmentation::Full),
+            ("7.2.0", Segmentation::Full),
+            ("", Segmentation::Full),
+        ] {
+            assert_eq!(Segmentation::of_kernel(release), expected, "{release}");
+        }
+    }
+
     #[test]
     fn too_long_datagrams_are_dropped_and_counted() {
-        let receiver = UdpBatch::bind(&Config::bound_to("127.0.0.1:0".parse().unwrap())).unwrap();
+        for gather in [false, true] {
+            too_long_datagrams(gather);
+        }
+    }
+
+    fn too_long_datagrams(gather: bool) {
+        let loopback = Config::bound_to("127.0.0.1:0".parse().unwrap());
+        let receiver = UdpBatch::bind(&Config { gather, ..loopback }).unwrap();
         let sender = UdpBatch::bind(&Config::bound_to("127.0.0.1:0".parse().unwrap())).unwrap();
         sender.send_to(&[1; 4000], receiver.local_addr()).unwrap();
         let mut room = receiver.recv_room(4);
