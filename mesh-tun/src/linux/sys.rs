@@ -169,6 +169,13 @@ pub(super) fn set_no_check(fd: BorrowedFd<'_>) -> io::Result<()> {
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What a TUN device with virtio headers may hand us (`TUN_F_…`).
+pub(super) fn set_tun_offload(fd: BorrowedFd<'_>, mask: libc::c_uint) -> io::Result<()> {
+    // SAFETY: this request takes its argument by value and touches no memory of ours.
+    let outcome = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(mask)) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn segment_control(segment: u16) -> SegmentControl {
     // SAFETY: `cmsghdr` is plain data for which zero bytes are valid.
     let mut header: libc::cmsghdr = unsafe { mem::zeroed() };
