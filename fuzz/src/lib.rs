@@ -10,7 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 use mesh_derp::frame::{Decoder, Frame};
 use mesh_noise::key::{NodePrivate, RelayPrivate};
 use mesh_noise::wireguard::{Interface, PeerConfig, message};
+use mesh_tun::batch::Batch;
 use mesh_tun::filter::{Filter, Flows, Standing};
+use mesh_tun::offload::{Coalescer, Header, Segments, Unusable};
 use mesh_tun::packet::Packet;
 
 /// WireGuard messages: the classifier, and an interface that takes whatever comes.
@@ -112,6 +114,57 @@ pub fn filter(bytes: &[u8]) {
     }
 }
 
+/// Super-packets from the kernel: a virtio header and a packet are cut, and every byte of payload comes out once.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn segment(bytes: &[u8]) {
+    let Some((header, packet)) = bytes.split_first_chunk() else { return };
+    let Ok(header) = Header::decode(header) else { return };
+    let _ = cut(header, packet);
+}
+
+/// Packets from peers, each behind its length: joined and cut again, none is lost and none is longer.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn coalesce(bytes: &[u8]) {
+    let (mut batch, mut rest) = (Batch::new(64, 512), bytes);
+    while let Some((len, behind)) = rest.split_first_chunk() {
+        let len = usize::from(u16::from_be_bytes(*len) % 512).min(behind.len());
+        let (packet, behind) = behind.split_at(len);
+        batch.push(packet);
+        rest = behind;
+    }
+    let before: Vec<_> = batch.iter().filter(|packet| !packet.is_empty()).map(<[u8]>::to_vec).collect();
+    let (mut coalescer, mut after) = (Coalescer::default(), Vec::new());
+    coalescer.plan(&batch, true);
+    for group in coalescer.groups() {
+        let (header, _) = group.join(&mut batch);
+        let mut whole = Vec::new();
+        for index in coalescer.packets(group) {
+            let from = if whole.is_empty() { 0 } else { group.payload_at() };
+            whole.extend_from_slice(&batch.packet(index)[from..]);
+        }
+        let header = Header::decode(&header).expect("our own header");
+        after.extend(cut(header, &whole).expect("our own super-packet"));
+    }
+    let mut lens = [&before, &after].map(|packets| packets.iter().map(Vec::len).collect::<Vec<_>>());
+    lens.iter_mut().for_each(|lens| lens.sort_unstable());
+    assert_eq!(lens[0], lens[1], "packets were lost or changed their length");
+}
+
+fn cut(header: Header, packet: &[u8]) -> Result<Vec<Vec<u8>>, Unusable> {
+    let mut segments = Segments::new(header, packet)?;
+    let (mut out, mut found) = (vec![0; packet.len()], Vec::new());
+    let expected = segments.remaining();
+    while let Some(len) = segments.write_next(packet, &mut out) {
+        found.push(out[..len.expect("no packet is longer than the whole")].to_vec());
+    }
+    assert_eq!(found.len(), expected);
+    Ok(found)
+}
+
 #[expect(clippy::disallowed_methods, reason = "an instant can only come from the clock; the cores never see it move")]
 fn epoch() -> Instant {
     static EPOCH: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
@@ -139,5 +192,7 @@ mod tests {
         replay("control", super::control);
         replay("ip_packet", super::ip_packet);
         replay("filter", super::filter);
+        replay("segment", super::segment);
+        replay("coalesce", super::coalesce);
     }
 }
