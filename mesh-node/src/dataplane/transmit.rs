@@ -95,8 +95,12 @@ impl<'a> Transmitter<'a> {
                     continue;
                 }
             };
-            // Neighbours for one peer share a session, a path and the counters' increments.
-            let same = |index| matches!(route(&self.batch, index), Ok(next) if Arc::ptr_eq(next, peer));
+            // Neighbours for one peer share a session, a path and the counters' increments; most are of one flow.
+            let destination = packet::destination(self.batch.packet(start));
+            let same = |index| {
+                packet::destination(self.batch.packet(index)) == destination
+                    || matches!(route(&self.batch, index), Ok(next) if Arc::ptr_eq(next, peer))
+            };
             let end = (start + 1..count).find(|index| !same(*index)).unwrap_or(count);
             self.note_flows(&filter, start..end, now_ms);
             if let Some((session, first)) = peer.reserve(end - start).or_else(|| self.park(peer, start..end)) {
