@@ -25,15 +25,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use prefix_trie::joint::JointPrefixMap;
 
 use crate::packet::{Fragment, IcmpClass, Packet, Protocol, Transport};
 
+mod compiled;
 pub mod flow;
+mod prefixes;
 pub mod rule;
 
 pub use flow::{Flow, Flows};
 pub use rule::{ALL_PORTS, Addresses, BadAddresses, Destination, Rule};
+
+use compiled::Compiled;
+use prefixes::Prefixes;
 
 /// No transport header with its IP options reaches further than this into a packet.
 const HEADERS_END: usize = 80;
@@ -41,8 +45,8 @@ const HEADERS_END: usize = 80;
 /// A compiled filter; replaced as a whole when rules change, while the flows live on.
 #[derive(Debug)]
 pub struct Filter {
-    local: JointPrefixMap<IpNet, ()>,
-    rules: Option<rule::Compiled>,
+    local: Prefixes,
+    rules: Option<Compiled>,
     flows: Arc<Flows>,
     open: bool,
 }
@@ -86,7 +90,7 @@ impl Filter {
     /// The filter before any rules were received: it drops everything.
     #[must_use]
     pub fn closed(flows: Arc<Flows>) -> Self {
-        Self { local: JointPrefixMap::default(), rules: None, flows, open: false }
+        Self { local: Prefixes::default(), rules: None, flows, open: false }
     }
 
     /// Compiles `rules` for a node that owns the prefixes `local`: its addresses and the routes it serves.
@@ -94,8 +98,9 @@ impl Filter {
     /// An empty list of rules (shields up) lets only answers in.
     #[must_use]
     pub fn new(local: &[IpNet], rules: &[Rule], flows: Arc<Flows>) -> Self {
-        let local = local.iter().map(|prefix| (prefix.trunc(), ())).collect();
-        Self { local, rules: Some(rule::Compiled::new(rules)), flows, open: false }
+        let rules = Some(Compiled::new(rules, local));
+        let local = Prefixes::new(local.iter().map(|prefix| (prefix.trunc(), 0)));
+        Self { local, rules, flows, open: false }
     }
 
     /// No filter: accepts everything, as a plain WireGuard tunnel does.
@@ -143,13 +148,13 @@ impl Filter {
         if is_out_of_scope(destination) {
             return Err(Reason::Scope);
         }
-        if self.local.get_lpm(&IpNet::from(destination)).is_none() {
+        if self.local.covering(destination).next().is_none() {
             return Err(Reason::NotLocal);
         }
         if let Fragment::Later { offset } = packet.fragment {
             return if offset < HEADERS_END { Err(Reason::Overlap) } else { Ok(()) };
         }
-        let by_rule = |allowed: &dyn Fn(&rule::Compiled) -> bool| {
+        let by_rule = |allowed: &dyn Fn(&Compiled) -> bool| {
             if standing == Standing::Ordinary && allowed(rules) { Ok(()) } else { Err(Reason::NoRule) }
         };
         match packet.transport {

@@ -1,4 +1,4 @@
-//! Filter rules as a control plane words them, and the compiled form that is asked once a packet.
+//! Filter rules as a control plane words them.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,7 +6,6 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
-use prefix_trie::joint::JointPrefixMap;
 
 use crate::packet::Protocol;
 
@@ -162,61 +161,6 @@ impl Rule {
         } else {
             self.protocols.contains(&protocol)
         }
-    }
-}
-
-/// Rules found by source: the cost of a question grows with the rules about that source, not with all rules.
-#[derive(Debug, Default)]
-pub(super) struct Compiled {
-    by_source: JointPrefixMap<IpNet, Vec<usize>>,
-    /// Without their sources.
-    rules: Vec<Rule>,
-}
-
-impl Compiled {
-    pub(super) fn new(rules: &[Rule]) -> Self {
-        let mut compiled = Self::default();
-        for rule in rules {
-            let index = compiled.rules.len();
-            for prefix in rule.sources.iter().flat_map(Addresses::prefixes) {
-                let mut list = compiled.by_source.remove(&prefix).unwrap_or_default();
-                // Overlapping sources of one rule would list it twice.
-                if list.last() != Some(&index) {
-                    list.push(index);
-                }
-                compiled.by_source.insert(prefix, list);
-            }
-            compiled.rules.push(Rule { sources: Vec::new(), ..rule.clone() });
-        }
-        compiled
-    }
-
-    /// Whether a rule opens `port` of `destination` to `source`.
-    pub(super) fn opens_port(&self, source: IpAddr, destination: IpAddr, protocol: Protocol, port: u16) -> bool {
-        self.any(source, |rule| {
-            rule.covers(protocol)
-                && rule
-                    .destinations
-                    .iter()
-                    .any(|open| open.ports.contains(&port) && open.addresses.contains(destination))
-        })
-    }
-
-    /// Whether a rule opens the whole of `protocol` of `destination` to `source`.
-    pub(super) fn opens_protocol(&self, source: IpAddr, destination: IpAddr, protocol: Protocol) -> bool {
-        self.any(source, |rule| {
-            rule.covers(protocol)
-                && rule.destinations.iter().any(|open| open.ports == ALL_PORTS && open.addresses.contains(destination))
-        })
-    }
-
-    /// Whether a rule opens anything of `destination` to `source`.
-    pub(super) fn opens_anything(&self, source: IpAddr, destination: IpAddr) -> bool {
-        self.any(source, |rule| rule.destinations.iter().any(|open| open.addresses.contains(destination)))
-    }
-
-    fn any(&self, source: IpAddr, test: impl Fn(&Rule) -> bool) -> bool {
-        self.by_source.cover_values(&IpNet::from(source)).flatten().any(|index| test(&self.rules[*index]))
     }
 }
 

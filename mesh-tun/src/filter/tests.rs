@@ -43,6 +43,26 @@ fn a_jailed_peer_may_only_answer() {
 }
 
 #[test]
+fn errors_about_earlier_packets_get_in_whatever_the_rules() {
+    for (protocol, kind) in [(Protocol::ICMP, 3), (Protocol::ICMP, 11), (Protocol::ICMPV6, 2), (Protocol::ICMPV6, 1)] {
+        let transport = Transport::parse(protocol, &[kind, 4, 0, 0, 0, 0, 5, 0]).unwrap();
+        for standing in [Standing::Ordinary, Standing::Jailed] {
+            assert_eq!(filter(&[]).inbound(&packet(protocol, transport), standing, NOW), Verdict::Accept);
+        }
+    }
+}
+
+#[test]
+fn a_first_fragment_is_judged_like_the_whole_packet() {
+    let filter = filter(&[rule("100.64.0.2", "100.64.0.1", 53..=53, &[])]);
+    for (port, verdict) in [(53, Verdict::Accept), (54, Verdict::Drop(Reason::NoRule))] {
+        let transport = Transport::Udp { source: 9, destination: port };
+        let first = Packet { fragment: Fragment::First, ..packet(Protocol::UDP, transport) };
+        assert_eq!(judge(&filter, first), verdict);
+    }
+}
+
+#[test]
 fn an_answer_to_our_datagram_passes_without_a_rule() {
     let filter = filter(&[]);
     let answer = packet(Protocol::UDP, Transport::Udp { source: 53, destination: 4000 });
@@ -136,6 +156,16 @@ proptest! {
 /// The documented table, by walking every rule and every flow.
 fn reference(rules: &[Rule], standing: Standing, begun: &[Packet<'_>], packet: &Packet<'_>) -> bool {
     let local = local().iter().any(|prefix| prefix.contains(&packet.destination));
+    let out_of_scope = match packet.destination {
+        IpAddr::V4(v4) => v4.octets()[0] >> 4 == 14 || v4.octets()[..2] == [169, 254],
+        IpAddr::V6(v6) => v6.octets()[0] == 0xff || v6.segments()[0] & 0xffc0 == 0xfe80,
+    };
+    if !local || out_of_scope {
+        return false;
+    }
+    if let Fragment::Later { offset } = packet.fragment {
+        return offset >= 80;
+    }
     let rules: &[Rule] = if standing == Standing::Jailed { &[] } else { rules };
     let rule_allows = |ports_match: &dyn Fn(&RangeInclusive<u16>) -> bool, any_protocol: bool| {
         rules.iter().any(|rule| {
@@ -153,24 +183,24 @@ fn reference(rules: &[Rule], standing: Standing, begun: &[Packet<'_>], packet: &
                 && out.transport.ports() == packet.transport.ports().map(|(from, to)| (to, from))
         })
     };
-    local
-        && match packet.transport {
-            Transport::Tcp { destination, flags, .. } => {
-                !flags.opens() || rule_allows(&|ports| ports.contains(&destination), false)
-            }
-            Transport::Udp { destination, .. } | Transport::Sctp { destination, .. } => {
-                answers() || rule_allows(&|ports| ports.contains(&destination), false)
-            }
-            Transport::Icmp { class: IcmpClass::EchoReply | IcmpClass::Error, .. } => true,
-            Transport::Icmp { .. } => rule_allows(&|_| true, true),
-            Transport::Unknown => packet.protocol == Protocol::TSMP || rule_allows(&|ports| *ports == ALL_PORTS, false),
+    match packet.transport {
+        Transport::Tcp { destination, flags, .. } => {
+            !flags.opens() || rule_allows(&|ports| ports.contains(&destination), false)
         }
+        Transport::Udp { destination, .. } | Transport::Sctp { destination, .. } => {
+            answers() || rule_allows(&|ports| ports.contains(&destination), false)
+        }
+        Transport::Icmp { class: IcmpClass::EchoReply | IcmpClass::Error, .. } => true,
+        Transport::Icmp { .. } => rule_allows(&|_| true, true),
+        Transport::Unknown => packet.protocol == Protocol::TSMP || rule_allows(&|ports| *ports == ALL_PORTS, false),
+    }
 }
 
 fn any_address() -> impl Strategy<Value = IpAddr> {
     prop_oneof![
         (0..8_u8).prop_map(|last| IpAddr::from([100, 64, 0, last])),
         (0..4_u16).prop_map(|last| IpAddr::from([0xfd7a, 0, 0, 0, 0, 0, 0, last])),
+        proptest::sample::select(&["224.0.0.1", "169.254.0.1", "10.0.0.1", "ff02::1", "fe80::1"]).prop_map(ip),
     ]
 }
 
@@ -181,6 +211,8 @@ fn any_addresses() -> impl Strategy<Value = Addresses> {
         Just("100.64.0.0/30".parse().unwrap()),
         Just("100.64.0.1-100.64.0.6".parse().unwrap()),
         Just("fd7a::/64".parse().unwrap()),
+        proptest::sample::select(&["0.0.0.0/0", "::/0", "100.64.0.4/31", "100.64.0.0/10"])
+            .prop_map(|prefix| prefix.parse().unwrap()),
     ]
 }
 
@@ -206,8 +238,14 @@ fn any_rule() -> impl Strategy<Value = Rule> {
 }
 
 fn any_packet() -> impl Strategy<Value = (Packet<'static>, bool)> {
-    (any_address(), any_address(), any_protocol(), 0..6_u16, 0..6_u16, any::<u8>(), any::<bool>()).prop_map(
-        |(source, destination, protocol, from, to, kind, outgoing)| {
+    let any_fragment = prop_oneof![
+        4 => Just(Fragment::Whole),
+        1 => Just(Fragment::First),
+        1 => (1..20_usize).prop_map(|eighths| Fragment::Later { offset: eighths * 8 }),
+    ];
+    let ends = (any_address(), any_address());
+    (ends, any_protocol(), 0..6_u16, 0..6_u16, any::<u8>(), any_fragment, any::<bool>()).prop_map(
+        |((source, destination), protocol, from, to, kind, fragment, outgoing)| {
             let mut header = [0_u8; 20];
             header[..2].copy_from_slice(&from.to_be_bytes());
             header[2..4].copy_from_slice(&to.to_be_bytes());
@@ -215,8 +253,11 @@ fn any_packet() -> impl Strategy<Value = (Packet<'static>, bool)> {
             if matches!(protocol, Protocol::ICMP | Protocol::ICMPV6) {
                 header[0] = kind;
             }
-            let transport = Transport::parse(protocol, &header).unwrap();
-            (Packet { source, destination, protocol, fragment: Fragment::Whole, transport, payload: &[] }, outgoing)
+            let transport = match fragment {
+                Fragment::Whole | Fragment::First => Transport::parse(protocol, &header).unwrap(),
+                Fragment::Later { .. } => Transport::Unknown,
+            };
+            (Packet { source, destination, protocol, fragment, transport, payload: &[] }, outgoing)
         },
     )
 }
