@@ -3,8 +3,9 @@
 //! Message one carries 12 bytes of payload (a timestamp), message two none. The responder learns who is asking
 //! from message one, before it needs the preshared key that belongs to that peer.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use snow::params::NoiseParams;
 use snow::{Builder, HandshakeState};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -88,7 +89,9 @@ impl Responder {
 
 fn builder(statik: &Arc<StaticKey>, ephemeral: [u8; 32]) -> Builder<'_> {
     let resolver = Resolver { statik: Arc::clone(statik), ephemeral: Zeroizing::new(ephemeral) };
-    Builder::with_resolver(PATTERN.parse().expect("the pattern is a constant"), Box::new(resolver))
+    static PARAMS: OnceLock<NoiseParams> = OnceLock::new();
+    let params = PARAMS.get_or_init(|| PATTERN.parse().expect("the pattern is a constant"));
+    Builder::with_resolver(params.clone(), Box::new(resolver))
         .prologue(PROLOGUE)
         .and_then(|builder| builder.local_private_key(statik.bytes()))
         .expect("each setting is given once")

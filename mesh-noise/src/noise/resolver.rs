@@ -1,6 +1,7 @@
 //! Curve, cipher and randomness for `snow`, on aws-lc.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aws_lc_rs::agreement::{self, PrivateKey, UnparsedPublicKey, X25519};
 use snow::Error;
@@ -14,11 +15,22 @@ use crate::aead::{Aead, Order, TAG_LEN};
 
 const LEN: usize = 32;
 
-/// A static key with everything that can be computed once: parsed private half and public half.
+/// A static key with everything that can be computed once: parsed private half, public half, and what it agrees on
+/// with the static keys of peers.
 pub(crate) struct StaticKey {
     bytes: Zeroizing<[u8; LEN]>,
     private: PrivateKey,
     public: [u8; LEN],
+    agreements: Mutex<Agreements>,
+}
+
+/// One of the four agreements of a handshake is between the two static keys, and the same every time.
+#[derive(Default)]
+struct Agreements {
+    /// The last one computed, whoever it was with.
+    last: Option<([u8; LEN], Zeroizing<[u8; LEN]>)>,
+    /// Those with peers that have shown who they are. Strangers get no place here, so it cannot be filled by them.
+    kept: BTreeMap<[u8; LEN], Zeroizing<[u8; LEN]>>,
 }
 
 impl StaticKey {
@@ -26,7 +38,42 @@ impl StaticKey {
         let private = PrivateKey::from_private_key(&X25519, bytes).expect("any 32 bytes are an X25519 private key");
         let mut public = [0; LEN];
         public.copy_from_slice(private.compute_public_key().expect("a private key has a public key").as_ref());
-        Self { bytes: Zeroizing::new(*bytes), private, public }
+        Self { bytes: Zeroizing::new(*bytes), private, public, agreements: Mutex::default() }
+    }
+
+    /// The agreement with `remote`.
+    fn agree(&self, remote: &[u8; LEN], out: &mut [u8; LEN]) -> Result<(), Error> {
+        if let Some(kept) = self.agreements().kept.get(remote) {
+            *out = **kept;
+            return Ok(());
+        }
+        // aws-lc reports an all-zero result, which is what every low-order point leads to, as a failure.
+        agreement::agree(&self.private, UnparsedPublicKey::new(&X25519, remote), Error::Dh, |shared| {
+            out.copy_from_slice(shared);
+            Ok(())
+        })?;
+        self.agreements().last = Some((*remote, Zeroizing::new(*out)));
+        Ok(())
+    }
+
+    /// Keeps the agreement with `peer` for its next handshakes, if that was the last one computed.
+    pub(crate) fn keep_agreement(&self, peer: &[u8; LEN]) {
+        let mut agreements = self.agreements();
+        if let Some((_, shared)) = agreements.last.take_if(|(remote, _)| remote == peer) {
+            agreements.kept.insert(*peer, shared);
+        }
+    }
+
+    /// Wipes what [`keep_agreement`](Self::keep_agreement) keeps for `peer`.
+    pub(crate) fn forget_agreement(&self, peer: &[u8; LEN]) {
+        let mut agreements = self.agreements();
+        agreements.last = None;
+        agreements.kept.remove(peer);
+    }
+
+    /// Whole values are put in and taken out, so a poisoned table is sound.
+    fn agreements(&self) -> MutexGuard<'_, Agreements> {
+        self.agreements.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn bytes(&self) -> &[u8; LEN] {
@@ -126,12 +173,8 @@ impl Dh for X25519Dh {
 
     fn dh(&self, pubkey: &[u8], out: &mut [u8]) -> Result<(), Error> {
         let key = self.key.as_ref().ok_or(Error::Dh)?;
-        let (remote, out) = (pubkey.get(..LEN).ok_or(Error::Dh)?, out.get_mut(..LEN).ok_or(Error::Dh)?);
-        // aws-lc reports an all-zero result, which is what every low-order point leads to, as a failure.
-        agreement::agree(&key.private, UnparsedPublicKey::new(&X25519, remote), Error::Dh, |shared| {
-            out.copy_from_slice(shared);
-            Ok(())
-        })
+        let remote = pubkey.first_chunk().ok_or(Error::Dh)?;
+        key.agree(remote, out.first_chunk_mut().ok_or(Error::Dh)?)
     }
 }
 
@@ -223,6 +266,23 @@ mod tests {
                 assert_eq!(opened[..len], bytes(&message["payload"]));
             }
         }
+    }
+
+    #[test]
+    fn only_the_agreement_that_was_asked_for_last_is_kept_until_it_is_forgotten() {
+        let key = StaticKey::new(&[1; LEN]);
+        let [peer, stranger] = [2, 3].map(|seed| *StaticKey::new(&[seed; LEN]).public());
+        let (mut first, mut again) = ([0; LEN], [0; LEN]);
+        key.agree(&peer, &mut first).unwrap();
+        key.keep_agreement(&stranger);
+        assert!(key.agreements().kept.is_empty());
+        key.keep_agreement(&peer);
+        key.agree(&stranger, &mut [0; LEN]).unwrap();
+        key.agree(&peer, &mut again).unwrap();
+        assert_eq!((first, key.agreements().kept.len()), (again, 1));
+        key.forget_agreement(&peer);
+        assert!(key.agreements().kept.is_empty() && key.agreements().last.is_none());
+        assert_eq!(key.agree(&[0; LEN], &mut again), Err(Error::Dh), "a low-order point");
     }
 
     #[test]

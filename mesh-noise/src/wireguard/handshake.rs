@@ -14,7 +14,6 @@ use crate::noise::ikpsk2::{Initiator, Responder, TransportKeys};
 use crate::noise::resolver::StaticKey;
 
 /// The interface's own key, with what is computed from it once.
-#[derive(Clone)]
 pub(crate) struct Identity {
     statik: Arc<StaticKey>,
     public: NodePublic,
@@ -29,6 +28,16 @@ impl Identity {
 
     pub(crate) fn public(&self) -> &NodePublic {
         &self.public
+    }
+
+    /// A handshake with this peer was authentic: its next ones may cost one agreement less.
+    pub(crate) fn remember(&self, peer: &NodePublic) {
+        self.statik.keep_agreement(peer.as_bytes());
+    }
+
+    /// The peer is gone.
+    pub(crate) fn forget(&self, peer: &NodePublic) {
+        self.statik.forget_agreement(peer.as_bytes());
     }
 }
 

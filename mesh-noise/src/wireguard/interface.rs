@@ -155,7 +155,8 @@ impl<P> Shared<P> {
 pub struct Interface<P> {
     shared: Shared<P>,
     checker: Checker,
-    peers: BTreeMap<NodePublic, Peer>,
+    /// Boxed, since the nodes of a tree are never full.
+    peers: BTreeMap<NodePublic, Box<Peer>>,
     schedule: BTreeSet<(Instant, NodePublic)>,
 }
 
@@ -258,7 +259,7 @@ impl<P: Clone + Eq + Debug> Interface<P> {
         match self.peers.get_mut(&peer) {
             Some(known) => known.configure(now, config),
             None => {
-                self.peers.insert(peer, Peer::new(now, peer, config));
+                self.peers.insert(peer, Box::new(Peer::new(now, peer, config)));
             }
         }
         self.settle(now, &peer);
@@ -268,6 +269,7 @@ impl<P: Clone + Eq + Debug> Interface<P> {
     pub fn remove_peer(&mut self, peer: &NodePublic) -> bool {
         let Some(mut gone) = self.peers.remove(peer) else { return false };
         gone.reset(&mut self.shared);
+        self.shared.identity.forget(peer);
         if let Some(at) = gone.scheduled {
             self.schedule.remove(&(at, *peer));
         }

@@ -58,7 +58,8 @@ pub(super) struct Peer {
     previous: Option<Live>,
     current: Option<Live>,
     next: Option<Live>,
-    attempt: Option<Attempt>,
+    /// Boxed, as a handshake's state takes a kilobyte and most peers are in none.
+    attempt: Option<Box<Attempt>>,
 
     /// The latest timestamp in an initiation of the peer's.
     latest: Option<Timestamp>,
@@ -201,6 +202,7 @@ impl Peer {
         }
         self.latest = Some(asked.timestamp);
         self.last_asked = Some(now);
+        shared.identity.remember(&self.public);
 
         let sender_index = asked.sender;
         let index = shared.new_index(self.public);
@@ -231,6 +233,7 @@ impl Peer {
         let in_flight =
             in_flight.filter(|in_flight| in_flight.index == response.receiver).ok_or(Reject::UnknownIndex)?;
         let keys = in_flight.finish(&self.preshared, response)?;
+        shared.identity.remember(&self.public);
         self.heard(shared, now, path, RESPONSE_LEN);
         // The session inherits the index, so it must not be given back.
         self.attempt = None;
@@ -413,7 +416,7 @@ impl Peer {
         }
         let earliest = self.last_initiation.map(|last| last + shared.timing.rekey_timeout);
         let next_try = earliest.map_or(now, |earliest| earliest.max(now));
-        self.attempt = Some(Attempt { wanted: now, next_try, in_flight: None });
+        self.attempt = Some(Box::new(Attempt { wanted: now, next_try, in_flight: None }));
         if next_try <= now {
             self.send_initiation(shared, now);
         }

@@ -2,6 +2,7 @@
 
 mod boringtun_peer;
 mod chaos;
+mod cost;
 mod handshake;
 mod pair;
 mod roaming;
