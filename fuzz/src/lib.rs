@@ -4,11 +4,15 @@
 //! `cargo +nightly fuzz run stun` looks for new failures; a failure becomes a named test beside the code before it is
 //! fixed, and its input joins `corpus/`.
 
+mod session;
+mod tunnel;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_derp::frame::{Decoder, Frame};
-use mesh_noise::key::{NodePrivate, RelayPrivate};
+use mesh_noise::key::{NodePrivate, NodePublic, RelayPrivate};
+use mesh_noise::wireguard::uapi::Request;
 use mesh_noise::wireguard::{Interface, PeerConfig, message};
 use mesh_tun::batch::Batch;
 use mesh_tun::filter::{Filter, Flows, Standing};
@@ -26,6 +30,40 @@ pub fn wireguard(bytes: &[u8]) {
     let _ = interface.handle_datagram(now, &0, Some(([192, 0, 2, 1], 1).into()), bytes);
     while interface.poll_transmit().is_some() {}
     while interface.poll_event().is_some() {}
+}
+
+/// Two WireGuard ends; each byte is a step of one of them, of the link or of the clock.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn wireguard_pair(bytes: &[u8]) {
+    tunnel::run(epoch(), &bytes[..bytes.len().min(256)]);
+}
+
+/// The configuration protocol of `wg(8)`, in one piece and in two, and the text forms of keys.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn uapi(bytes: &[u8]) {
+    let whole = requests(&[bytes]);
+    let (front, back) = bytes.split_at(bytes.len() / 2);
+    assert_eq!(format!("{:?}", requests(&[front, back])), format!("{whole:?}"), "pieces decode differently");
+    if let Ok(text) = str::from_utf8(bytes)
+        && let Ok(key) = text.parse::<NodePublic>()
+    {
+        assert_eq!(key.to_string().parse(), Ok(key));
+    }
+}
+
+fn requests(pieces: &[&[u8]]) -> Vec<Request> {
+    let (mut decoder, mut found) = (mesh_noise::wireguard::uapi::Decoder::default(), Vec::new());
+    for piece in pieces {
+        decoder.push(piece);
+        while let Ok(Some(request)) = decoder.next_request() {
+            found.push(request);
+        }
+    }
+    found
 }
 
 /// STUN requests and responses.
@@ -54,6 +92,30 @@ pub fn disco(bytes: &[u8]) {
         message.encode(&mut again);
         assert_eq!(Message::decode(&again).as_ref(), Ok(&message));
     }
+}
+
+/// Disco messages that a peer has sealed, and what the path agent does about them until it rests.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn agent(bytes: &[u8]) {
+    session::agent(epoch(), bytes);
+}
+
+/// The control channel's handshake, records and frames, and the requests that control sends to a node.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn channel(bytes: &[u8]) {
+    session::channel(bytes);
+}
+
+/// Relay frames that arrive at a node after the login.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn derp_session(bytes: &[u8]) {
+    session::derp_session(epoch(), bytes);
 }
 
 /// Relay frames in one piece and in two, and the boxes of the login.
@@ -186,6 +248,11 @@ mod tests {
     #[test]
     fn the_corpus_of_every_target_is_survived() {
         replay("wireguard", super::wireguard);
+        replay("wireguard_pair", super::wireguard_pair);
+        replay("uapi", super::uapi);
+        replay("agent", super::agent);
+        replay("channel", super::channel);
+        replay("derp_session", super::derp_session);
         replay("stun", super::stun);
         replay("disco", super::disco);
         replay("derp_frame", super::derp_frame);
