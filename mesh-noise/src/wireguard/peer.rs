@@ -303,13 +303,19 @@ impl Peer {
         }
         let mut wake_on_send = false;
         let mut wake_on_receive = false;
+        // A timer that does not run may start at any moment. While packets flow that is not worth a wake-up each time: what
+        // starts from now on falls due a whole period from now, so the words are read again then. Only a peer that has
+        // been quiet for a period raises its flag.
+        let quiet = |ms: u64, period| shared.instant(ms).is_none_or(|last| last + period <= now);
         match shared.instant(activity.unanswered()) {
             Some(first) => self.timers.set(Timer::Silence, first + timing.silence()),
-            None => wake_on_send = true,
+            None if quiet(activity.last_data_sent(), timing.silence()) => wake_on_send = true,
+            None => self.timers.set(Timer::Silence, now + timing.silence()),
         }
         match shared.instant(activity.unacknowledged()) {
             Some(first) => self.timers.set(Timer::Keepalive, first + timing.keepalive_timeout),
-            None => wake_on_receive = true,
+            None if quiet(activity.last_data_received(), timing.keepalive_timeout) => wake_on_receive = true,
+            None => self.timers.set(Timer::Keepalive, now + timing.keepalive_timeout),
         }
         if self.rekey_is_due(shared, now) {
             self.timers.set(Timer::Rekey, now);

@@ -45,6 +45,8 @@ pub(crate) struct Node {
     pub(crate) rejects: Vec<Reject>,
     pub(crate) failures: usize,
     pub(crate) handshakes: usize,
+    /// How often the packet path had to call the core.
+    pub(crate) woken: usize,
 }
 
 impl Node {
@@ -122,6 +124,7 @@ impl Pair {
                 rejects: Vec::new(),
                 failures: 0,
                 handshakes: 0,
+                woken: 0,
             }
         };
         let mut pair = Self {
@@ -317,6 +320,7 @@ impl Node {
         let len = session.seal(counter, &mut datagram, packet.len());
         datagram.truncate(len);
         if session.activity().note_sent(self.core.clock_ms(now), 1, len as u64) {
+            self.woken += 1;
             self.core.peer_active(now, &session.peer());
         }
         Some(datagram)
@@ -336,6 +340,7 @@ impl Node {
             self.received.push(opened.packet[..end].to_vec());
         }
         if session.activity().note_received(self.core.clock_ms(now), packets, len as u64) {
+            self.woken += 1;
             self.core.peer_active(now, &session.peer());
         }
         self.core.session_used(now, receiver);

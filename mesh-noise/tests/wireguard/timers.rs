@@ -179,6 +179,28 @@ fn an_answer_of_any_kind_ends_the_silence() {
 }
 
 #[test]
+fn packets_that_are_answered_wake_nobody() {
+    let mut pair = Pair::connected();
+    pair.run(secs(50) - pair.elapsed());
+    (pair.nodes[A].woken, pair.nodes[B].woken) = (0, 0);
+    for _ in 0..600 {
+        pair.send(A, b"question");
+        pair.run(millis(50));
+        pair.send(B, b"answer");
+        pair.run(millis(50));
+    }
+    assert!(pair.elapsed() < secs(119), "no rekey comes into it");
+    let woken = [pair.nodes[A].woken, pair.nodes[B].woken];
+    assert!(woken.iter().all(|woken| *woken <= 2), "once after the silence before, in each direction: {woken:?}");
+    // What starts among them still falls due at its time: B's last answer was not followed by a question.
+    pair.fate = Box::new(|sent| if sent.from == A { Fate::Drop } else { Fate::Deliver });
+    let last_answer = pair.elapsed() - millis(50);
+    pair.send(A, b"lost");
+    pair.run(secs(16));
+    is_at(pair.initiations(B)[0], last_answer + secs(15));
+}
+
+#[test]
 fn a_persistent_keepalive_starts_at_once_and_keeps_its_interval() {
     let config = PeerConfig { persistent_keepalive: Some(secs(25)), ..PeerConfig::default() };
     let mut pair = Pair::with(Timing::default(), [config, PeerConfig::default()]);
