@@ -126,6 +126,40 @@ mod tests {
     use crate::wireguard::interface::tests::start;
 
     #[test]
+    fn low_order_points_are_refused_in_either_message_and_as_a_peers_key() {
+        let privates = [1, 2].map(|seed| NodePrivate::from_bytes([seed; 32]));
+        let [us, them] = [Identity::new(&privates[0]), Identity::new(&privates[1])];
+        let with =
+            || Ingredients { now: start(), index: 7, timestamp: Timestamp::from_bytes([1; 12]), ephemeral: [9; 32] };
+        for point in [[0; 32], std::array::from_fn(|at| u8::from(at == 0)), ORDER_EIGHT] {
+            let nobody = NodePublic::from_bytes(point);
+            let refused = InFlight::start(&us, &nobody, &mut Stamper::new(&nobody), with());
+            assert_eq!(refused.err(), Some(NoiseError::LowOrder));
+
+            let mut stamper = Stamper::new(them.public());
+            let (mut in_flight, datagram) = InFlight::start(&us, them.public(), &mut stamper, with()).unwrap();
+            let mut initiation = Initiation::parse(&datagram).unwrap();
+            let asked = Asked::read(&them, &initiation, [3; 32]).unwrap();
+            initiation.noise[..32].copy_from_slice(&point);
+            assert_eq!(Asked::read(&them, &initiation, [3; 32]).err(), Some(Reject::LowOrder));
+
+            let psk = PresharedKey::default();
+            let (answer, _) = asked.answer(start(), &psk, 8, &mut Stamper::new(us.public())).unwrap();
+            let sound = Response::parse(&answer).unwrap();
+            let mut response = sound;
+            response.noise[..32].copy_from_slice(&point);
+            assert_eq!(in_flight.finish(&psk, &response).err(), Some(Reject::LowOrder));
+            assert!(in_flight.finish(&psk, &sound).is_ok(), "a forged answer does not spoil the real one");
+        }
+    }
+
+    /// A point whose multiples are only eight, as published with Curve25519.
+    const ORDER_EIGHT: [u8; 32] = [
+        0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4, 0x6a, 0xda, 0x09,
+        0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49, 0xb8, 0x00,
+    ];
+
+    #[test]
     fn initiations_of_real_clients_open_to_what_they_said() {
         let recorded = include_str!("../../tests/data/wireguard-initiations.json");
         let recorded: serde_json::Value = serde_json::from_str(recorded).unwrap();

@@ -141,7 +141,7 @@ impl Peer {
 
     /// A packet waits. Starts a handshake unless there is a session to send on.
     pub(super) fn want_session<P: Clone>(&mut self, shared: &mut Shared<P>, now: Instant) {
-        if let Some(current) = self.current() {
+        if let Some(current) = self.current().filter(|current| !current.is_spent()) {
             // Whoever asks has no session to send on, so the two views have parted: tell again.
             let ready = Event::SessionReady { peer: self.public, session: Arc::clone(current) };
             shared.events.push_back(ready);

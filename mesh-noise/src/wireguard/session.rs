@@ -173,6 +173,11 @@ impl Session {
         self.next_counter.load(Relaxed) > self.rekey_after_messages
     }
 
+    /// Whether its counters are used up: nothing can be sent on it any more (`REJECT-AFTER-MESSAGES`).
+    pub(crate) fn is_spent(&self) -> bool {
+        self.next_counter.load(Relaxed) >= self.reject_after_messages
+    }
+
     /// Seals the packet of `len` bytes that stands at `buf[16..]`, zero-padded to a multiple of 16, and returns the
     /// length of the datagram, which begins at `buf[0]`. A `len` of 0 makes a keepalive.
     ///

@@ -28,6 +28,7 @@
 //!
 //! [`Decoder`] turns bytes into [`Request`]s, [`DeviceState::to_answer`] writes the answer to a get.
 
+use std::fmt;
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -169,10 +170,16 @@ impl PeerSettings {
 }
 
 /// Cuts a stream of bytes into requests.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Decoder {
     /// May hold keys: wiped when done with.
     bytes: Zeroizing<Vec<u8>>,
+}
+
+impl fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Decoder").field("waiting", &self.bytes.len()).finish()
+    }
 }
 
 impl Decoder {

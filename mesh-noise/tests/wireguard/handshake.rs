@@ -5,7 +5,7 @@ use mesh_noise::random::SeededRng;
 use mesh_noise::wireguard::message::MessageKind;
 use mesh_noise::wireguard::{Interface, PeerConfig, Reject, Timing};
 
-use crate::pair::{A, B, Fate, LATENCY, Pair, keys, origin, same_kind, secs, wall};
+use crate::pair::{A, B, Fate, LATENCY, Pair, keys, millis, origin, same_kind, secs, wall};
 
 #[test]
 fn the_first_packet_brings_up_a_session_and_arrives() {
@@ -223,4 +223,23 @@ fn a_new_private_key_ends_every_session() {
     assert_eq!(pair.nodes[A].core.public(), fresh.public());
     pair.nodes[A].core.set_private_key(now, &keys()[B]);
     assert_eq!(pair.nodes[A].core.peers().count(), 0, "nobody is their own peer");
+}
+
+#[test]
+fn nothing_secret_is_printed() {
+    let psk = [0xc3; 32];
+    let mut pair = Pair::with_psk([psk; 2]);
+    pair.send(A, b"secret");
+    pair.run(millis(30));
+    let shown = format!("{:?}", pair.nodes[A].core) + &format!("{:?}", pair.nodes[B].core);
+    assert!(shown.len() > 1000, "there is something to look at");
+    for secret in [*keys()[A].expose_secret(), *keys()[B].expose_secret(), psk] {
+        let numbers = format!("{:?}", &secret[..6]);
+        let text = hex::encode(&secret[..6]);
+        assert!(!shown.contains(numbers.trim_matches(['[', ']'])) && !shown.contains(&text), "{shown}");
+    }
+    // The seeds of the two generators, and what a cookie is made with.
+    for name in ["seed", "secret", "cookie_key", "cookie: Some"] {
+        assert!(!shown.contains(name), "{name} in {shown}");
+    }
 }

@@ -6,7 +6,7 @@ use mesh_noise::wireguard::message::MessageKind;
 use mesh_noise::wireguard::{PeerConfig, Timing};
 use proptest::prelude::*;
 
-use crate::pair::{A, B, Fate, LATENCY, Pair, millis, same_kind, secs};
+use crate::pair::{A, B, DATA, Fate, LATENCY, Pair, Sent, millis, same_kind, secs};
 
 /// Deadlines count from whole milliseconds, so they may come this much early.
 const GRAIN: Duration = Duration::from_millis(1);
@@ -255,6 +255,69 @@ fn after_a_long_sleep_the_first_packet_makes_a_new_session() {
     pair.send(A, b"now");
     pair.run(secs(1));
     assert_eq!(pair.nodes[B].received.last().unwrap(), b"now");
+}
+
+#[test]
+fn the_defaults_are_the_protocols_constants() {
+    let timing = Timing::default();
+    assert_eq!((timing.rekey_after, timing.reject_after, timing.rekey_attempt), (secs(120), secs(180), secs(90)));
+    assert_eq!((timing.rekey_timeout, timing.keepalive_timeout), (secs(5), secs(10)));
+    assert_eq!((timing.rekey_after_messages, timing.reject_after_messages), (1 << 60, u64::MAX - (1 << 13)));
+}
+
+#[test]
+fn a_session_without_counters_left_makes_way_for_a_new_one() {
+    let timing = Timing { rekey_after_messages: 20, reject_after_messages: 30, ..Timing::default() };
+    let mut pair = Pair::with(timing, [PeerConfig::default(), PeerConfig::default()]);
+    pair.send(A, b"first");
+    pair.run(secs(1));
+    // No new session comes about until the old one is used up and its replacement given up.
+    let handshake = |sent: &Sent| !same_kind(sent.kind, DATA);
+    pair.fate = Box::new(move |sent| if handshake(sent) { Fate::Drop } else { Fate::Deliver });
+    for _ in 0..40 {
+        pair.send(A, b"on and on");
+        pair.run(secs(3));
+    }
+    assert!(pair.nodes[B].received.len() <= 30, "{} packets on 30 counters", pair.nodes[B].received.len());
+    pair.fate = Box::new(|_| Fate::Deliver);
+    let before = pair.nodes[A].handshakes;
+    let (now, peer) = (pair.now, pair.nodes[A].peer);
+    pair.nodes[A].core.want_session(now, &peer);
+    pair.timeout(A);
+    pair.run(secs(12));
+    pair.send(A, b"again");
+    pair.run(secs(1));
+    assert!(pair.nodes[A].handshakes > before);
+    assert_eq!(pair.nodes[B].received.last().unwrap(), b"again");
+}
+
+#[test]
+fn a_wall_clock_that_was_set_back_does_not_stop_handshakes() {
+    let mut pair = Pair::connected();
+    let now = pair.now;
+    pair.nodes[A].core.set_wall_clock(now, crate::pair::wall() - secs(86_400));
+    // Past the end of every session.
+    pair.run(secs(300));
+    assert_eq!(pair.nodes[A].sessions(), 0);
+    pair.send(A, b"yesterday");
+    pair.run(secs(1));
+    assert_eq!(pair.nodes[B].received.last().unwrap(), b"yesterday");
+}
+
+#[test]
+fn a_sleep_in_the_middle_of_a_handshake_ends_it_and_the_next_packet_starts_another() {
+    let mut pair = Pair::new();
+    pair.fate = Box::new(|_| Fate::Drop);
+    pair.send(A, b"before");
+    pair.run(secs(1));
+    pair.now += secs(7200);
+    pair.timeout(A);
+    pair.timeout(B);
+    assert_eq!((pair.nodes[A].failures, pair.nodes[A].core.poll_timeout()), (1, None));
+    pair.fate = Box::new(|_| Fate::Deliver);
+    pair.send(A, b"after");
+    pair.run(secs(1));
+    assert_eq!(pair.nodes[B].received, [b"after"]);
 }
 
 #[test]
