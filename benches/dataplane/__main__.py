@@ -1,93 +1,183 @@
-"""Rounds over the implementations, interleaved, and the report. Started by dataplane.sh."""
+"""Rounds over settings and contenders, interleaved, and the report. Started by dataplane.sh, whose head explains it."""
 
 import argparse
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 
 import measure
-from lab import PEERS, Failed, Lab, Others
-from report import print_report
+from lab import PEERS, Carrier, Failed, Lab, Others, run
+from report import CARRIER, OURS, PLAIN, derive, number, print_bars, print_figures
 
-OURS = "mesh-wireguard"
-SECTIONS = ["ping", "tcp1", "tcp4", "udp64", "udp1372", "plain"]
+MAIN = ["ping", "tcp1", "tcp4", "udp64", "udp1372"]
+SECTIONS = [*MAIN, "offloads", "shaped", "ceiling", "costs"]
+RATES = [100, 1000, 2500]
+
+# Above this, in cores, others disturb a measurement.
+QUIET = 0.1
+ATTEMPTS = 5
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="dataplane.sh", description="The data plane beside its peers; see dataplane.sh.")
-    parser.add_argument("impl", nargs="*", help=f"{', '.join([OURS, *PEERS])}; default all that are installed")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3, help="of each stream; default 3")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {','.join(SECTIONS)}")
-    parser.add_argument("--json", help="a file for all figures")
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(prog="dataplane.sh")
+    parser.add_argument("impl", nargs="*", help=f"of {', '.join([OURS, *PEERS])}; default all that are installed")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections: of {','.join(SECTIONS)}")
+    parser.add_argument("--rounds", type=int, help="default 3; 5 with --check, 1 with --quick")
+    parser.add_argument("--seconds", type=float, help="of each stream; default 3, with --quick 1")
+    parser.add_argument("--quick", action="store_true", help="about three minutes")
+    parser.add_argument("--check", action="store_true", help="exit 1 naming each figure that misses its bar")
+    parser.add_argument("--json", help="a file for all figures of all rounds")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 5 if options.check else 3)
+    options.seconds = options.seconds or (1 if options.quick else 3)
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(SECTIONS):
+        parser.error(f"--only knows {','.join(SECTIONS)}, not {','.join(unknown)}")
+    if options.check and (options.impl or set(options.only) != set(SECTIONS) or options.rounds < 5):
+        parser.error("--check wants everything, and at least 5 rounds")
+    return options
 
 
-def implementations(wanted):
+def implementations(wanted, all_of_them):
     """The commands of those that are installed."""
     commands = {OURS: [os.environ["MESH_WIREGUARD"], "--foreground"]} | PEERS
     for name in wanted:
         if name not in commands:
             sys.exit(f"dataplane.sh knows {', '.join(commands)}, not {name}")
-    found = {name: command for name, command in commands.items() if shutil.which(command[0])}
-    for name in wanted or commands:
-        if name not in found:
-            print(f"{name} is not installed", file=sys.stderr)
-    return {name: command for name, command in found.items() if not wanted or name in wanted}
+    missing = [name for name in wanted or commands if not shutil.which(commands[name][0])]
+    if missing:
+        print(f"not installed (--install does that): {', '.join(missing)}", file=sys.stderr)
+        if all_of_them and set(missing) - {"wireguard-go"}:
+            sys.exit(1)
+    return {name: commands[name] for name in wanted or commands if name not in missing}
 
 
-def tunnel_figures(lab, only, seconds):
-    """Everything about one tunnel."""
+def tcp_figures(lab, streams, seconds, ping):
+    figures = measure.tcp(lab, f"TCP x{streams} a to b", streams, seconds, ping=ping)
+    return figures | measure.tcp(lab, f"TCP x{streams} b to a", streams, seconds, reverse=True)
+
+
+def main_figures(lab, only, seconds):
     figures = {}
     if "ping" in only:
         figures |= {f"ping idle, {key}": value for key, value in measure.pings(lab, 500, 0.002).items()}
     for streams in (1, 4):
         if f"tcp{streams}" in only:
-            name = f"TCP x{streams}"
-            figures |= measure.tcp(lab, f"{name} a to b", streams, seconds, ping=streams == 1)
-            figures |= measure.tcp(lab, f"{name} b to a", streams, seconds, reverse=True)
+            figures |= tcp_figures(lab, streams, seconds, ping=streams == 1)
     for size in (64, 1372):
-        if f"udp{size}" in only:
-            figures |= measure.datagrams(lab, os.environ["DATAGRAMS"], size, min(seconds, 1), 60_000)
+        if f"udp{size}" in only and lab.tunnels:
+            figures |= measure.datagrams(lab, os.environ["DATAGRAMS"], size, min(seconds, 0.7), 60_000)
+    if lab.tunnels:
+        figures["peak memory, MiB"] = lab.peak_memory()
     return figures
 
 
-def one_round(commands, only, seconds):
-    """One turn of each implementation: figures by name, with the CPU that others used."""
-    turn = {}
-    for name, command in commands.items():
+def no_offload_figures(lab, seconds):
+    figures = tcp_figures(lab, 1, seconds, ping=False) | tcp_figures(lab, 4, seconds, ping=False)
+    return {f"no offloads: {key}": value for key, value in figures.items()}
+
+
+def shaped_figures(lab, seconds):
+    # What TCP needs to find the rate is not what the link loses.
+    rate = measure.tcp(lab, "TCP x1 a to b", 1, max(seconds, 2), settle=1)["TCP x1 a to b, Mbit/s"]
+    return {f"shaped to {lab.rate} Mbit/s: TCP x1 a to b, Mbit/s": rate}
+
+
+def cost_figures():
+    figures = {}
+    for what in ("cipher", "handshake", "memory"):
+        for line in run(os.environ["COSTS"], what).splitlines():
+            name, value = line.split("\t")
+            figures[name] = float(value)
+    figures["responder / snow's, CPU"] = (
+        figures["responder, CPU us"] / figures["responder by snow's default resolver, CPU us"])
+    return figures
+
+
+def settings(commands, only, seconds):
+    """Every setting of a round: for each contender, what makes its lab, and what is measured there."""
+    contenders = commands | {PLAIN: None}
+    if set(only) & set(MAIN):
+        yield {name: (lambda command=command: Lab(command), lambda lab: main_figures(lab, only, seconds))
+               for name, command in contenders.items()}
+    if "ceiling" in only:
+        yield {CARRIER: (lambda: Carrier(os.environ["CARRIER"]), lambda lab: tcp_figures(lab, 1, seconds, ping=True))}
+    if "offloads" in only:
+        yield {name: (lambda command=command: Lab(command, offloads=False),
+                      lambda lab: no_offload_figures(lab, seconds)) for name, command in contenders.items()}
+    if "shaped" in only:
+        for rate in RATES:
+            yield {name: (lambda command=command, rate=rate: Lab(command, mtu=1280, rate=rate),
+                          lambda lab: shaped_figures(lab, seconds)) for name, command in contenders.items()}
+
+
+def one_setting(contenders, turn):
+    """Each contender once; returns the most CPU that others used beside one of them, in cores."""
+    busiest = 0.0
+    for name, (make, take) in contenders.items():
         others = Others()
-        with Lab(command) as lab:
-            turn[name] = tunnel_figures(lab, only, seconds)
-            turn[name]["peak memory, MiB"] = lab.peak_memory()
-        turn[name]["CPU of others, cores"] = others.cores()
-        print(name, {key: round(value, 2) for key, value in turn[name].items()}, file=sys.stderr)
-    if "plain" in only:
-        with Lab(None) as lab:
-            turn["plain veth"] = tunnel_figures(lab, set(only) - {"udp64", "udp1372"}, seconds)
+        with make() as lab:
+            figures = take(lab)
+        busiest = max(busiest, others.cores())
+        turn.setdefault(name, {}).update(figures)
+        line = ", ".join(f"{key} {number(value)}" for key, value in figures.items())
+        print(f"{name}: {line}; others used {others.cores():.2f} cores", file=sys.stderr, flush=True)
+    return busiest
+
+
+def one_round(commands, options):
+    """All settings once, each again while others disturb it and `--check` wants it quiet."""
+    turn = {}
+    for contenders in settings(commands, options.only, options.seconds):
+        for attempt in range(ATTEMPTS):
+            busiest = one_setting(contenders, turn)
+            if busiest <= QUIET or not options.check:
+                break
+            print(f"again: others used {busiest:.2f} cores", file=sys.stderr)
+        own = turn.setdefault(OURS, {})
+        own["CPU of others, cores"] = max(busiest, own.get("CPU of others, cores", 0.0))
+    if set(options.only) & {"costs", "ceiling"}:
+        turn.setdefault(OURS, {}).update(cost_figures())
+    derive(turn, os.cpu_count())
     return turn
+
+
+def print_head():
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    print(f"`benches/dataplane.sh {' '.join(sys.argv[1:])}` at {commit}; {os.cpu_count()} x {models[0] if models else '?'}, "
+          f"Linux {platform.release()}")
 
 
 def main():
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
-    only = options.only.split(",")
-    if unknown := set(only) - set(SECTIONS):
-        sys.exit(f"--only knows {','.join(SECTIONS)}, not {','.join(unknown)}")
-    commands = implementations(options.impl)
+    for number_of_signal, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
+        signal.signal(number_of_signal, lambda *_, code=code: sys.exit(code))
+    commands = implementations(options.impl, options.check)
     turns = []
     try:
         for _ in range(options.rounds):
-            turns.append(one_round(commands, only, options.seconds))
+            turns.append(one_round(commands, options))
     except Failed as reason:
         sys.exit(f"dataplane.sh: {reason}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(turns, file, indent=1)
-    print_report(turns, OURS)
+    print_head()
+    print_figures(turns)
+    if options.check:
+        missed = print_bars(turns)
+        busiest = max(turn[OURS]["CPU of others, cores"] for turn in turns)
+        if busiest > QUIET:
+            missed.append(f"no quiet machine: others used up to {busiest:.2f} cores in {ATTEMPTS} attempts")
+        for line in missed:
+            print(f"missed: {line}")
+        sys.exit(1 if missed else 0)
 
 
 main()

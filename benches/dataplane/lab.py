@@ -108,6 +108,9 @@ class Lab:
                          "endpoint", f"{UNDERLAY}{NUMBER[other]}:5182{NUMBER[other]}", input=keys[end])
             self.ip(end, "addr", "add", f"{OVERLAY}{NUMBER[end]}/24", "dev", ID + end)
             self.ip(end, "link", "set", ID + end, "mtu", str(self.mtu), "up")
+        self.await_answer()
+
+    def await_answer(self):
         for _ in range(50):
             if self.start("a", "ping", "-q", "-c", "1", "-W", "0.2", self.address["b"]).wait() == 0:
                 return
@@ -117,10 +120,13 @@ class Lab:
         for _ in range(200):
             if self.tunnels[end].poll() is not None:
                 break
-            if os.path.exists(f"/var/run/wireguard/{ID}{end}.sock"):
+            if self.is_ready(end):
                 return
             time.sleep(0.02)
         raise Failed(f"{self.program[0]} did not start: {self.logs()}")
+
+    def is_ready(self, end):
+        return os.path.exists(f"/var/run/wireguard/{ID}{end}.sock")
 
     def logs(self):
         return " ".join(Path(f"{self.work.name}/{end}.log").read_text(encoding="utf-8").strip() for end in ENDS)
@@ -151,10 +157,43 @@ class Lab:
         return max(peaks)
 
 
+class Carrier(Lab):
+    """With the tunnel of `benches/src/bin/carrier.rs`, which needs no keys."""
+
+    def __init__(self, program):
+        super().__init__([program])
+
+    def connect(self):
+        for end, other in (ENDS, ENDS[::-1]):
+            log = open(f"{self.work.name}/{end}.log", "w", encoding="utf-8")
+            addresses = [f"{UNDERLAY}{NUMBER[which]}:5182{NUMBER[which]}" for which in (end, other)]
+            self.tunnels[end] = self.start(end, *self.program, ID + end, *addresses, stdout=log, stderr=log)
+            self.await_ready(end)
+            self.ip(end, "addr", "add", f"{OVERLAY}{NUMBER[end]}/24", "dev", ID + end)
+            self.ip(end, "link", "set", ID + end, "mtu", str(self.mtu), "up")
+        self.await_answer()
+
+    def is_ready(self, end):
+        return subprocess.run(["ip", "-n", ID + end, "link", "show", ID + end], capture_output=True).returncode == 0
+
+
 def process_ticks(pid):
     """Clock ticks of a process, those of its ended children, and its parent."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     return int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14]), int(fields[1])
+
+
+def kernel_seconds():
+    """CPU of the kernel's threads that take over when there is much to do for the network."""
+    threads = [path.parent for path in Path("/proc").glob("[0-9]*/comm") if "ksoftirqd" in read_or_nothing(path)]
+    return sum(process_ticks(path.name)[0] for path in threads) / TICKS
+
+
+def read_or_nothing(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 class Others:

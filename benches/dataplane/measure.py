@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import time
 
-from lab import Failed
+from lab import Failed, kernel_seconds
 
 PORT = 5201
 
@@ -16,12 +17,15 @@ def percentile(values, share):
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
 
 
-def tcp(lab, name, streams, seconds, reverse=False, ping=False):
-    """iperf3 from a to b, or back; with a ping beside it if asked for, which is latency in the setting of this rate."""
+def tcp(lab, name, streams, seconds, reverse=False, ping=False, settle=0):
+    """iperf3 from a to b, or back; with a ping beside it if asked for, which is latency in the setting of this rate.
+
+    The first `settle` seconds do not count. "CPU s/GB" is what the tunnel's two ends use, "of all" with iperf3 and the kernel.
+    """
     server = lab.start("b", "iperf3", "-s", "-1", "-p", str(PORT))
     wait_for_listener(lab)
-    before = lab.cpu_seconds()
-    options = ["-t", str(seconds), "-P", str(streams), *(["-R"] if reverse else [])]
+    tunnel, rest = lab.cpu_seconds(), children_seconds() + kernel_seconds()
+    options = ["-t", str(seconds), "-O", str(settle), "-P", str(streams), *(["-R"] if reverse else [])]
     client = lab.start("a", "iperf3", "-c", lab.address["b"], "-p", str(PORT), "-J", *options)
     figures = {}
     if ping:
@@ -29,15 +33,23 @@ def tcp(lab, name, streams, seconds, reverse=False, ping=False):
         for key, value in pings(lab, int((seconds - 0.6) / 0.005), 0.005).items():
             figures[f"ping under load, {key}"] = value
     report = json.loads(client.communicate()[0])
-    used = lab.cpu_seconds() - before
+    tunnel = lab.cpu_seconds() - tunnel
     server.wait()
+    rest = children_seconds() + kernel_seconds() - rest
     if "error" in report:
         raise Failed(f"iperf3: {report['error']}")
     received = report["end"]["sum_received"]
     figures[f"{name}, Mbit/s"] = received["bits_per_second"] / 1e6
-    if lab.tunnels:
-        figures[f"{name}, CPU s/GB"] = used / (received["bytes"] / 1e9)
+    if lab.tunnels and not settle:
+        figures[f"{name}, CPU s/GB"] = tunnel / (received["bytes"] / 1e9)
+        figures[f"{name}, CPU s/GB of all"] = (tunnel + rest) / (received["bytes"] / 1e9)
     return figures
+
+
+def children_seconds():
+    """CPU of our children that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def wait_for_listener(lab):
