@@ -6,15 +6,18 @@
 //!
 //! ```text
 //!  TcpStream ─┐   ┌──────────── lock ───────────┐  outbox (bounded, back-pressure)
-//!  TcpListener├──►│ Stack: smoltcp, UDP, ports  ├───────────────────────────────► StackDevice::recv
-//!  UdpSocket ─┘   └────────▲────────────────────┘
-//!                          │ thread: inbox and timers
-//!                          └───────────────────────────────────────────────────── StackDevice::send
-//!                                                   inbox (bounded, drops counted)
+//!  TcpListener├──►│ Stack: smoltcp, UDP, ports  ├───────────────────────────────► StackDevice::read_batch
+//!  UdpSocket ─┘   └─▲──────────▲────────────────┘                                 (cuts, writes checksums)
+//!                   │          └───────────────────────────────────────────────── StackDevice::write_batch
+//!         thread: timers, room, requests                                          (joins, checks checksums)
 //! ```
 //!
-//! A task that writes to a stream runs TCP's output itself, under the lock; arriving packets and timers are the stack
-//! thread's work. The thread sleeps until a packet, the next timer, or room in the outbox; nothing polls.
+//! A task that writes to a stream runs TCP's output itself, under the lock, and so does the thread that brings packets;
+//! timers are the stack thread's work. It sleeps until the next one, or until there is room in the outbox; nothing polls.
+//!
+//! TCP is worked on in super-packets of up to 64 KiB both ways: a write becomes one, which is cut where it is copied into
+//! the data plane's batch, and packets that arrive in order are joined before a socket sees them. Buffers are used again,
+//! so that nothing is allocated for a packet.
 //!
 //! Ports that nobody listens on are offered through [`Requests`] when [`Config::fallback`] is set;
 //! [`forward`](crate::forward) connects them to the same port of 127.0.0.1.
@@ -25,6 +28,7 @@
 mod device;
 mod driver;
 mod packet;
+mod parcel;
 mod phy;
 mod recovery;
 mod stack;
@@ -78,8 +82,6 @@ pub struct Config {
     pub udp_queue: usize,
     /// Packets waiting for the data plane; default 512. Sockets wait when it is full, datagrams are dropped.
     pub transmit_queue: usize,
-    /// Packets waiting for the stack; default 4096. Further ones are dropped and counted.
-    pub receive_queue: usize,
     /// How long a dial may take; default 30 s.
     pub connect_timeout: Duration,
     /// How long a peer that owes an answer may stay silent before its connection is reset; default 5 minutes.
@@ -101,7 +103,6 @@ impl Default for Config {
             backlog: 128,
             udp_queue: 256,
             transmit_queue: 512,
-            receive_queue: 4096,
             connect_timeout: Duration::from_secs(30),
             silence: Duration::from_secs(300),
             keep_alive: None,

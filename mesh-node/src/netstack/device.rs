@@ -8,8 +8,12 @@ use mesh_tun::batch::Batch;
 use mesh_tun::device::{Device, closed};
 
 use super::driver::Shared;
+use super::parcel::LONGEST;
 
 /// Where the data plane reads the stack's packets and writes those of peers; clones share it.
+///
+/// Packets are worked on by the thread that brings them: [`Device::write_batch`] joins what follows in order in a flow,
+/// hands it to its socket, and queues the answers. Nothing waits between the two, and nothing is dropped for lack of room.
 #[derive(Clone, Debug)]
 pub struct StackDevice {
     shared: Arc<Shared>,
@@ -20,16 +24,20 @@ impl StackDevice {
         Self { shared }
     }
 
-    /// Hands packets to the stack; those beyond [`Config::receive_queue`](super::Config::receive_queue) are dropped and
-    /// counted. Says how many were taken.
+    /// Hands packets to the stack one by one, and says how many; [`Device::write_batch`] is the faster way.
     pub fn send(&self, packets: impl IntoIterator<Item = Vec<u8>>) -> usize {
         self.shared.deliver(&mut packets.into_iter())
     }
 
     /// Waits up to `timeout` for packets from the stack and gives up to `limit` of them to `sink`; `None` once the stack
-    /// has ended. Blocks the thread.
+    /// has ended. Blocks the thread. [`Device::read_batch`] is the faster way.
     pub fn recv(&self, limit: usize, timeout: Duration, mut sink: impl FnMut(Vec<u8>)) -> Option<usize> {
-        self.shared.collect(limit, timeout, &mut sink)
+        let mut room = vec![0; LONGEST];
+        self.shared.collect(limit, timeout, &mut |cutting| {
+            let Some(len) = cutting.write_next(&mut room) else { return false };
+            sink(room.get(..len).unwrap_or_default().to_vec());
+            true
+        })
     }
 }
 
@@ -39,16 +47,17 @@ impl Device for StackDevice {
         if room == 0 {
             return Ok(0);
         }
-        let mut added = 0;
-        let read = self.recv(room, timeout, |packet| added += usize::from(batch.push(&packet)));
-        read.map(|_| added).ok_or_else(closed)
+        let read = self.shared.collect(room, timeout, &mut |cutting| {
+            let Some(mut slot) = batch.vacant() else { return false };
+            let Some(len) = cutting.write_next(slot.buffer()) else { return false };
+            slot.commit(len);
+            true
+        });
+        read.ok_or_else(closed)
     }
 
     fn write_batch(&self, batch: &mut Batch) -> io::Result<usize> {
-        if self.shared.is_closed() {
-            return Err(closed());
-        }
-        Ok(self.send(batch.iter().filter(|packet| !packet.is_empty()).map(<[u8]>::to_vec)))
+        self.shared.deliver_batch(batch).ok_or_else(closed)
     }
 
     fn mtu(&self) -> usize {

@@ -8,13 +8,13 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use mesh_noise::random::SystemRng;
+use mesh_tun::batch::Batch;
 use tokio::sync::mpsc;
 
+use super::parcel::{Cutting, Parcel};
 use super::stack::{Drops, Event, Stack};
 use super::{Config, Flow, StackDevice, TcpStream};
 
-/// Packets that the thread takes from the inbox at a time.
-const INBOX_BATCH: usize = 128;
 /// Requests waiting to be taken.
 const REQUEST_QUEUE: usize = 256;
 
@@ -26,8 +26,6 @@ pub struct StackCounters {
     pub received: u64,
     /// Packets to the mesh.
     pub sent: u64,
-    /// Packets from the mesh that found the inbox full.
-    pub inbox_drops: u64,
     /// What the stack itself dropped.
     pub drops: Drops,
     /// TCP connections that exist now, in whatever state.
@@ -121,7 +119,7 @@ impl UdpRequest {
     /// Answers with an ICMP port unreachable.
     pub fn refuse(self) {
         let Self { packet, shared, .. } = self;
-        shared.with(|stack, now| stack.refuse_packet(now, packet));
+        shared.with(|stack, now| stack.refuse_packet(now, &packet));
     }
 }
 
@@ -141,18 +139,17 @@ impl Handle {
             connect_timeout: config.connect_timeout,
             mtu: config.mtu,
             outbox_capacity: config.transmit_queue.max(1),
-            inbox_capacity: config.receive_queue.max(1),
             stack: Mutex::new(Stack::new(now(), config, seed)),
-            inbox: Mutex::new(Inbox::default()),
-            inbox_ready: Condvar::new(),
+            signals: Mutex::new(Signals::default()),
+            signalled: Condvar::new(),
             outbox: Mutex::new(Outbox::default()),
             outbox_ready: Condvar::new(),
             outbox_len: AtomicUsize::new(0),
+            reader: Mutex::new(Reader::default()),
             wakes_at: Mutex::new(None),
             closed: AtomicBool::new(false),
             received: AtomicU64::new(0),
             sent: AtomicU64::new(0),
-            inbox_drops: AtomicU64::new(0),
         });
         let worker = Arc::clone(&shared);
         std::thread::Builder::new().name("mesh-netstack".into()).spawn(move || {
@@ -174,22 +171,35 @@ impl Drop for Handle {
     }
 }
 
+/// What the thread sleeps for, besides time.
 #[derive(Debug, Default)]
-struct Inbox {
-    packets: VecDeque<Vec<u8>>,
-    /// The thread has something to do besides packets.
+struct Signals {
     kicked: bool,
     /// Tasks that wait for the end.
     ending: Vec<Waker>,
 }
 
+/// What the stack has sent and the device side has not read.
 #[derive(Debug, Default)]
 struct Outbox {
-    packets: VecDeque<Vec<u8>>,
+    parcels: VecDeque<Parcel>,
+    /// How many packets they are.
+    packets: usize,
+    /// Buffers on their way back to the stack.
+    used: Vec<Vec<u8>>,
+    /// The device side waits for packets.
+    awaited: bool,
     /// The stack waits for room.
     starved: bool,
     /// Nothing more will come.
     finished: bool,
+}
+
+/// What the device side has taken and not passed on.
+#[derive(Debug, Default)]
+struct Reader {
+    parcels: VecDeque<Cutting>,
+    used: Vec<Vec<u8>>,
 }
 
 /// What streams, the thread and the device side share.
@@ -198,20 +208,20 @@ pub(super) struct Shared {
     connect_timeout: Duration,
     mtu: usize,
     outbox_capacity: usize,
-    inbox_capacity: usize,
     stack: Mutex<Stack>,
-    inbox: Mutex<Inbox>,
-    inbox_ready: Condvar,
+    signals: Mutex<Signals>,
+    signalled: Condvar,
     outbox: Mutex<Outbox>,
     outbox_ready: Condvar,
-    /// Length of the outbox, readable without its lock.
+    /// Packets in the outbox, readable without its lock.
     outbox_len: AtomicUsize,
+    /// One thread reads; the lock is for those that do not keep to it.
+    reader: Mutex<Reader>,
     /// The timer that the thread sleeps for; written under the stack's lock.
     wakes_at: Mutex<Option<Instant>>,
     closed: AtomicBool,
     received: AtomicU64,
     sent: AtomicU64,
-    inbox_drops: AtomicU64,
 }
 
 impl Shared {
@@ -228,7 +238,6 @@ impl Shared {
         StackCounters {
             received: self.received.load(Ordering::Relaxed),
             sent: self.sent.load(Ordering::Relaxed),
-            inbox_drops: self.inbox_drops.load(Ordering::Relaxed),
             drops: stack.drops(),
             connections: stack.connections(),
         }
@@ -262,19 +271,24 @@ impl Shared {
         loop {
             stack.flush(now);
             let mut outbox = lock(&self.outbox);
-            let before = outbox.packets.len();
-            while let Some(packet) = stack.poll_transmit() {
-                outbox.packets.push_back(packet);
+            outbox.used.drain(..).for_each(|buffer| stack.recycle(buffer));
+            let before = outbox.packets;
+            while let Some(parcel) = stack.poll_transmit() {
+                outbox.packets += parcel.count();
+                outbox.parcels.push_back(parcel);
             }
-            let len = outbox.packets.len();
+            let len = outbox.packets;
             if len > before {
                 self.sent.fetch_add((len - before) as u64, Ordering::Relaxed);
                 self.outbox_len.store(len, Ordering::Release);
-                self.outbox_ready.notify_one();
             }
             let full = len >= self.outbox_capacity;
             outbox.starved = full && stack.is_blocked();
+            let awaited = len > 0 && std::mem::take(&mut outbox.awaited);
             drop(outbox);
+            if awaited {
+                self.outbox_ready.notify_one();
+            }
             stack.set_transmit_limit(self.room());
             if full || !stack.is_blocked() {
                 return;
@@ -283,8 +297,8 @@ impl Shared {
     }
 
     fn kick(&self) {
-        lock(&self.inbox).kicked = true;
-        self.inbox_ready.notify_one();
+        lock(&self.signals).kicked = true;
+        self.signalled.notify_one();
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -299,73 +313,103 @@ impl Shared {
 
     /// Whether the thread has ended; `waker` is woken when it does.
     pub(super) fn poll_closed(&self, waker: &Waker) -> bool {
-        let mut inbox = lock(&self.inbox);
+        let mut signals = lock(&self.signals);
         let finished = lock(&self.outbox).finished;
         if !finished {
-            inbox.ending.push(waker.clone());
+            signals.ending.push(waker.clone());
         }
         finished
     }
 
     // --- the device side -----------------------------------------------------------------------------------------
 
-    /// Queues packets for the stack, taking them from `packets`; those that do not fit are dropped. Says how many fit.
+    /// Hands packets to the stack one by one. Says how many.
     pub(super) fn deliver(&self, packets: &mut dyn Iterator<Item = Vec<u8>>) -> usize {
         if self.is_closed() {
             return 0;
         }
-        let (mut taken, mut dropped) = (0_usize, 0);
-        let mut inbox = lock(&self.inbox);
-        let was_empty = inbox.packets.is_empty();
-        for packet in packets {
-            if inbox.packets.len() < self.inbox_capacity {
-                inbox.packets.push_back(packet);
-                taken += 1;
-            } else {
-                dropped += 1;
-            }
-        }
-        drop(inbox);
+        let taken = self.with(|stack, now| packets.map(|packet| stack.handle_packet(now, &packet)).count());
         self.received.fetch_add(taken as u64, Ordering::Relaxed);
-        self.inbox_drops.fetch_add(dropped, Ordering::Relaxed);
-        if was_empty && taken > 0 {
-            self.inbox_ready.notify_one();
-        }
         taken
     }
 
-    /// Waits up to `timeout` for packets and moves up to `limit` of them to `sink`. `None` once the stack has ended.
-    pub(super) fn collect(&self, limit: usize, timeout: Duration, sink: &mut dyn FnMut(Vec<u8>)) -> Option<usize> {
-        let outbox = lock(&self.outbox);
-        let (mut outbox, _) = self
-            .outbox_ready
-            .wait_timeout_while(outbox, timeout, |o| o.packets.is_empty() && !o.finished)
-            .unwrap_or_else(PoisonError::into_inner);
-        if outbox.packets.is_empty() {
-            return if outbox.finished { None } else { Some(0) };
+    /// Hands the packets of a batch to the stack. Says how many; `None` once the stack has ended.
+    pub(super) fn deliver_batch(&self, batch: &mut Batch) -> Option<usize> {
+        if self.is_closed() {
+            return None;
         }
-        let count = outbox.packets.len().min(limit);
-        outbox.packets.drain(..count).for_each(sink);
-        let len = outbox.packets.len();
-        self.outbox_len.store(len, Ordering::Release);
-        let refill = outbox.starved && len <= self.outbox_capacity / 2;
+        let taken = self.with(|stack, now| stack.handle_batch(now, batch));
+        self.received.fetch_add(taken as u64, Ordering::Relaxed);
+        Some(taken)
+    }
+
+    /// Waits up to `timeout` for packets and has `write` cut off up to `limit` of them, until it refuses. `None` once the
+    /// stack has ended.
+    pub(super) fn collect(
+        &self,
+        limit: usize,
+        timeout: Duration,
+        write: &mut dyn FnMut(&mut Cutting) -> bool,
+    ) -> Option<usize> {
+        let mut reader = lock(&self.reader);
+        let ended = self.fetch(&mut reader, limit, timeout);
+        let mut count = 0;
+        while let Some(parcel) = reader.parcels.front_mut() {
+            while count < limit && parcel.remaining() > 0 && write(parcel) {
+                count += 1;
+            }
+            if count == limit {
+                break;
+            }
+            // Cut to the end, or not fit to be cut at all.
+            if let Some(parcel) = reader.parcels.pop_front() {
+                reader.used.push(parcel.into_buffer());
+            }
+        }
+        if count == 0 && ended { None } else { Some(count) }
+    }
+
+    /// Moves parcels from the outbox to the reader until that has `limit` packets, and waits if it has none. Says whether
+    /// the stack has ended.
+    fn fetch(&self, reader: &mut Reader, limit: usize, timeout: Duration) -> bool {
+        let mut packets: usize = reader.parcels.iter().map(Cutting::remaining).sum();
+        let mut outbox = lock(&self.outbox);
+        outbox.used.append(&mut reader.used);
+        if packets == 0 && outbox.parcels.is_empty() && !outbox.finished {
+            outbox.awaited = true;
+            outbox = self
+                .outbox_ready
+                .wait_timeout_while(outbox, timeout, |outbox| outbox.parcels.is_empty() && !outbox.finished)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            outbox.awaited = false;
+        }
+        while packets < limit
+            && let Some(parcel) = outbox.parcels.pop_front()
+        {
+            packets += parcel.count();
+            outbox.packets -= parcel.count();
+            reader.parcels.push_back(parcel.cut());
+        }
+        self.outbox_len.store(outbox.packets, Ordering::Release);
+        let refill = outbox.starved && outbox.packets <= self.outbox_capacity / 2;
         if refill {
             outbox.starved = false;
         }
+        let ended = outbox.finished;
         drop(outbox);
         if refill {
             self.kick();
         }
-        Some(count)
+        ended
     }
 
     // --- the thread ----------------------------------------------------------------------------------------------
 
     fn run(self: &Arc<Self>, requests: &mpsc::Sender<Request>) {
-        let mut batch = VecDeque::new();
         let mut deadline = None;
         loop {
-            self.wait(deadline, &mut batch);
+            self.wait(deadline);
             let mut stack = lock(&self.stack);
             let started = now();
             if self.is_closed() {
@@ -375,9 +419,6 @@ impl Shared {
                 return;
             }
             stack.set_transmit_limit(self.room());
-            for packet in batch.drain(..) {
-                stack.handle_packet(started, packet);
-            }
             stack.handle_timeout(started);
             self.send_out(&mut stack, started);
             let dropped = self.offer(&mut stack, requests);
@@ -389,27 +430,22 @@ impl Shared {
         }
     }
 
-    /// Sleeps until there is something to do, and takes up to a batch of packets.
-    fn wait(&self, deadline: Option<Instant>, batch: &mut VecDeque<Vec<u8>>) {
-        let mut inbox = lock(&self.inbox);
-        while inbox.packets.is_empty() && !inbox.kicked && !self.is_closed() {
-            inbox = match deadline {
-                None => self.inbox_ready.wait(inbox).unwrap_or_else(PoisonError::into_inner),
+    /// Sleeps until there is something to do.
+    fn wait(&self, deadline: Option<Instant>) {
+        let mut signals = lock(&self.signals);
+        while !signals.kicked && !self.is_closed() {
+            signals = match deadline {
+                None => self.signalled.wait(signals).unwrap_or_else(PoisonError::into_inner),
                 Some(at) => {
                     let left = at.saturating_duration_since(now());
                     if left.is_zero() {
                         break;
                     }
-                    self.inbox_ready.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0
+                    self.signalled.wait_timeout(signals, left).unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
-        inbox.kicked = false;
-        if inbox.packets.len() <= INBOX_BATCH {
-            std::mem::swap(&mut inbox.packets, batch);
-        } else {
-            batch.extend(inbox.packets.drain(..INBOX_BATCH));
-        }
+        signals.kicked = false;
     }
 
     /// Passes the stack's events on; gives back what nobody takes.
@@ -431,8 +467,9 @@ impl Shared {
 
     fn finish(&self, stack: &mut Stack) {
         let mut outbox = lock(&self.outbox);
-        while let Some(packet) = stack.poll_transmit() {
-            outbox.packets.push_back(packet);
+        while let Some(parcel) = stack.poll_transmit() {
+            outbox.packets += parcel.count();
+            outbox.parcels.push_back(parcel);
         }
     }
 }
@@ -445,7 +482,7 @@ impl Drop for Ending<'_> {
         self.0.closed.store(true, Ordering::Release);
         lock(&self.0.outbox).finished = true;
         self.0.outbox_ready.notify_all();
-        let ending = std::mem::take(&mut lock(&self.0.inbox).ending);
+        let ending = std::mem::take(&mut lock(&self.0.signals).ending);
         for waker in ending {
             waker.wake();
         }

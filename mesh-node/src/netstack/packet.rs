@@ -6,10 +6,12 @@
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
+use mesh_tun::packet::Protocol;
+use mesh_tun::packet::checksum::pseudo_header;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
-    UdpPacket, UdpRepr,
+    IPV6_HEADER_LEN, IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpControl, TcpPacket, TcpRepr,
+    TcpSeqNumber, UdpPacket, UdpRepr,
 };
 
 /// Hop limit of packets the stack makes itself, as smoltcp's TCP uses.
@@ -70,8 +72,17 @@ impl Parsed {
     }
 }
 
-/// Looks at `packet`; `None` when it is no IP packet, is a fragment, or its UDP checksum is wrong.
-pub(super) fn parse(packet: &[u8]) -> Option<Parsed> {
+/// What is known of a TCP segment's checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Checksum {
+    /// Nothing: it is looked at.
+    Unknown,
+    /// It was right, or the segment has never left this stack.
+    Right,
+}
+
+/// Looks at `packet`; `None` when it is no IP packet, is a fragment, or its UDP or TCP checksum is wrong.
+pub(super) fn parse(packet: &[u8], checksum: Checksum) -> Option<Parsed> {
     // smoltcp reads the first byte unasked.
     packet.first()?;
     let (source, destination, protocol, payload) = match IpVersion::of_packet(packet).ok()? {
@@ -95,6 +106,10 @@ pub(super) fn parse(packet: &[u8]) -> Option<Parsed> {
     match protocol {
         IpProtocol::Tcp => {
             let tcp = TcpPacket::new_checked(body).ok()?;
+            let sum = || pseudo_header(source, destination, Protocol::TCP, body.len()).bytes(body).finish();
+            if checksum == Checksum::Unknown && sum() != 0 {
+                return None;
+            }
             let flow = Flow {
                 local: SocketAddr::new(destination, tcp.dst_port()),
                 remote: SocketAddr::new(source, tcp.src_port()),
@@ -155,6 +170,16 @@ pub(super) fn build_ack(flow: Flow, ack: Ack) -> Vec<u8> {
     let Flow { local, remote } = flow;
     let numbers = Sent { start: ack.end, end: ack.end, acks: ack.number, window: ack.window };
     build_segment(Flow { local: remote, remote: local }, TcpControl::None, numbers)
+}
+
+/// Copies the bare acknowledgement in `packet` to `room`, with another number; its checksum is not mended. `None` when it
+/// does not fit.
+pub(super) fn acknowledge_less<'a>(packet: &[u8], number: TcpSeqNumber, room: &'a mut [u8]) -> Option<&'a [u8]> {
+    let transport = if packet.first()? >> 4 == 4 { usize::from(packet[0] & 0xf) * 4 } else { IPV6_HEADER_LEN };
+    let copy = room.get_mut(..packet.len())?;
+    copy.copy_from_slice(packet);
+    TcpPacket::new_unchecked(copy.get_mut(transport..)?).set_ack_number(number);
+    Some(copy)
 }
 
 /// Builds the bare FIN of our end of `flow`, at `numbers.start`.
@@ -229,7 +254,9 @@ mod tests {
         {
             let sent = flow(local, remote);
             let packet = build_udp(sent, b"payload", 1280).unwrap();
-            let Some(Parsed::Udp { flow, payload }) = parse(&packet) else { panic!("not a datagram") };
+            let Some(Parsed::Udp { flow, payload }) = parse(&packet, Checksum::Unknown) else {
+                panic!("not a datagram")
+            };
             assert_eq!(flow, Flow { local: sent.remote, remote: sent.local });
             assert_eq!(&packet[payload], b"payload");
             assert_eq!(destination(&packet), Some(sent.remote.ip()));
@@ -240,7 +267,7 @@ mod tests {
     fn a_datagram_with_a_flipped_bit_is_refused() {
         let mut packet = build_udp(flow("100.64.0.1:53", "100.64.0.2:4000"), b"payload", 1280).unwrap();
         *packet.last_mut().unwrap() ^= 1;
-        assert_eq!(parse(&packet), None);
+        assert_eq!(parse(&packet, Checksum::Unknown), None);
     }
 
     #[test]
@@ -257,7 +284,7 @@ mod tests {
             if let Some(first) = bytes.first_mut() {
                 *first = if version { 0x45 } else { 0x60 };
             }
-            if let Some(Parsed::Udp { payload, .. }) = parse(&bytes) {
+            if let Some(Parsed::Udp { payload, .. }) = parse(&bytes, Checksum::Unknown) {
                 prop_assert!(bytes.get(payload).is_some());
             }
             let _ = destination(&bytes);

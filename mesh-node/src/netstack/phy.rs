@@ -2,110 +2,113 @@
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
+use std::num::NonZeroUsize;
 
-use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, PacketMeta, RxToken, TxToken};
 use smoltcp::time::Instant;
+use smoltcp::wire::{IPV4_HEADER_LEN, TCP_HEADER_LEN};
 
 use super::packet::{self, Sent};
+use super::parcel::{LONGEST, Parcel, Spare};
 
-/// Buffers kept for the next packets.
-const SPARE_BUFFERS: usize = 256;
-
-/// Where smoltcp reads and writes packets.
+/// Packets that smoltcp has made, and what it may make of them.
 #[derive(Debug)]
 pub(super) struct Phy {
     mtu: usize,
-    incoming: Option<Vec<u8>>,
-    pub(super) out: Outgoing,
-}
-
-/// Packets that smoltcp has made.
-#[derive(Debug, Default)]
-pub(super) struct Outgoing {
-    /// Packets for the mesh, oldest first.
-    packets: VecDeque<Vec<u8>>,
-    /// Packets for ourselves, oldest first.
-    looped: VecDeque<Vec<u8>>,
+    /// Parcels for the mesh, oldest first, and how many packets they are.
+    parcels: VecDeque<Parcel>,
+    packets: usize,
+    /// Parcels for ourselves, oldest first.
+    looped: VecDeque<Parcel>,
     /// Our own addresses.
     own: Vec<IpAddr>,
-    /// How many packets may wait in `packets`.
+    /// How many packets may wait in `parcels`.
     limit: usize,
-    /// Buffers to use again.
-    spare: Vec<Vec<u8>>,
+    spare: Spare,
     /// The last TCP segment that was sent.
     sent: Option<Sent>,
 }
 
 impl Phy {
     pub(super) fn new(mtu: usize, limit: usize) -> Self {
-        Self { mtu, incoming: None, out: Outgoing { limit, ..Outgoing::default() } }
+        Self {
+            mtu,
+            parcels: VecDeque::new(),
+            packets: 0,
+            looped: VecDeque::new(),
+            own: Vec::new(),
+            limit,
+            spare: Spare::default(),
+            sent: None,
+        }
     }
 
     pub(super) fn mtu(&self) -> usize {
         self.mtu
     }
 
-    /// Lays down the packet that the next `receive` hands out.
-    pub(super) fn offer(&mut self, packet: Vec<u8>) {
-        self.incoming = Some(packet);
-    }
-
-    /// Takes the offered packet's buffer back for another packet.
-    pub(super) fn recycle(&mut self) {
-        if let Some(packet) = self.incoming.take() {
-            self.out.recycle(packet);
-        }
+    /// What smoltcp works with, with `packet` as the one that has arrived.
+    pub(super) fn port<'a>(&'a mut self, packet: Option<&'a [u8]>) -> Port<'a> {
+        Port { phy: self, packet }
     }
 
     /// Whether a socket may send another packet now.
     pub(super) fn has_room(&self) -> bool {
-        self.out.packets.len() < self.out.limit && self.out.looped.len() < self.out.limit.max(64)
+        self.packets < self.limit && self.looped.len() < self.limit.max(64)
     }
 
     pub(super) fn set_limit(&mut self, limit: usize) {
-        self.out.limit = limit;
+        self.limit = limit;
     }
 
     pub(super) fn set_own(&mut self, own: Vec<IpAddr>) {
-        self.out.own = own;
+        self.own = own;
     }
-}
 
-impl Outgoing {
-    /// Queues a whole packet, to the mesh or back to ourselves.
-    pub(super) fn push(&mut self, packet: Vec<u8>) {
-        if packet::destination(&packet).is_some_and(|address| self.own.contains(&address)) {
-            self.looped.push_back(packet);
+    /// Queues a packet, to the mesh or back to ourselves.
+    pub(super) fn push(&mut self, parcel: Parcel) {
+        if packet::destination(parcel.bytes()).is_some_and(|address| self.own.contains(&address)) {
+            self.looped.push_back(parcel);
         } else {
-            self.packets.push_back(packet);
+            self.packets += parcel.count();
+            self.parcels.push_back(parcel);
         }
     }
 
-    pub(super) fn pop(&mut self) -> Option<Vec<u8>> {
-        self.packets.pop_front()
+    /// Queues the newest packet again, if it is for the mesh.
+    pub(super) fn repeat(&mut self) {
+        let Some(last) = self.parcels.back() else { return };
+        let len = last.bytes().len();
+        let mut buffer = self.spare.take(len, self.mtu);
+        buffer[..len].copy_from_slice(last.bytes());
+        self.push(Parcel::new(buffer, len, 0));
     }
 
-    pub(super) fn pop_looped(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn pop(&mut self) -> Option<Parcel> {
+        let parcel = self.parcels.pop_front()?;
+        self.packets -= parcel.count();
+        Some(parcel)
+    }
+
+    pub(super) fn pop_looped(&mut self) -> Option<Parcel> {
         self.looped.pop_front()
     }
 
-    pub(super) fn recycle(&mut self, packet: Vec<u8>) {
-        if self.spare.len() < SPARE_BUFFERS {
-            self.spare.push(packet);
-        }
+    /// Keeps a buffer for another packet.
+    pub(super) fn recycle(&mut self, buffer: Vec<u8>) {
+        self.spare.put(buffer, self.mtu);
     }
 
     /// The last TCP segment that was sent since this was asked.
     pub(super) fn take_sent(&mut self) -> Option<Sent> {
         self.sent.take()
     }
+}
 
-    fn buffer(&mut self, len: usize) -> Vec<u8> {
-        let mut buffer = self.spare.pop().unwrap_or_default();
-        buffer.clear();
-        buffer.resize(len, 0);
-        buffer
-    }
+/// The two directions as smoltcp sees them.
+pub(super) struct Port<'p> {
+    phy: &'p mut Phy,
+    packet: Option<&'p [u8]>,
 }
 
 /// The packet being received.
@@ -118,35 +121,55 @@ impl RxToken for Receive<'_> {
 }
 
 /// Room for one packet. Replies to a received packet are not held to the limit: there is at most one each.
-pub(super) struct Transmit<'a>(&'a mut Outgoing);
+pub(super) struct Transmit<'a> {
+    phy: &'a mut Phy,
+    segment: u16,
+}
 
 impl TxToken for Transmit<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut buffer = self.0.buffer(len);
-        let result = f(&mut buffer);
-        self.0.sent = packet::sent(&buffer).or(self.0.sent);
-        self.0.push(buffer);
+        let mut buffer = self.phy.spare.take(len, self.phy.mtu);
+        let packet = &mut buffer[..len];
+        let result = f(packet);
+        self.phy.sent = packet::sent(packet).or(self.phy.sent);
+        self.phy.push(Parcel::new(buffer, len, self.segment));
         result
+    }
+
+    fn set_meta(&mut self, meta: PacketMeta) {
+        self.segment = meta.segmentation_offload_size.map_or(0, Into::into);
     }
 }
 
-impl Device for Phy {
-    type RxToken<'a> = Receive<'a>;
-    type TxToken<'a> = Transmit<'a>;
+impl Device for Port<'_> {
+    type RxToken<'a>
+        = Receive<'a>
+    where
+        Self: 'a;
+    type TxToken<'a>
+        = Transmit<'a>
+    where
+        Self: 'a;
 
     fn receive(&mut self, _now: Instant) -> Option<(Receive<'_>, Transmit<'_>)> {
-        let packet = self.incoming.as_deref()?;
-        Some((Receive(packet), Transmit(&mut self.out)))
+        Some((Receive(self.packet.take()?), Transmit { phy: self.phy, segment: 0 }))
     }
 
     fn transmit(&mut self, _now: Instant) -> Option<Transmit<'_>> {
-        self.has_room().then_some(Transmit(&mut self.out))
+        self.phy.has_room().then_some(Transmit { phy: self.phy, segment: 0 })
     }
 
+    /// TCP over IPv4 is cut by [`Parcel`]; smoltcp 0.14 drops an IPv6 packet above the MTU even where that is offered.
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ip;
-        capabilities.max_transmission_unit = self.mtu;
+        capabilities.max_transmission_unit = self.phy.mtu;
+        // Written when a parcel is cut, checked before a segment comes here.
+        capabilities.checksum.tcp = Checksum::None;
+        let headers = IPV4_HEADER_LEN + TCP_HEADER_LEN;
+        // Whole packets only, where the peer's segments are as long as ours.
+        let payload = self.phy.mtu.saturating_sub(headers).max(1);
+        capabilities.segmentation.tcpv4 = NonZeroUsize::new(headers + (LONGEST - headers) / payload * payload);
         capabilities
     }
 }

@@ -118,6 +118,12 @@ impl Recovery {
         self.last_ack
     }
 
+    /// How many bytes `ack` acknowledges for the first time; `None` for none, and while losses are repaired.
+    pub(super) fn newly_acknowledged(&self, ack: Ack) -> Option<usize> {
+        let (Some(last), Some(highest), None) = (self.last_ack, self.highest, self.until) else { return None };
+        (last.number < ack.number && ack.number <= highest).then(|| ack.number - last.number)
+    }
+
     /// What we have acknowledged last, and our window.
     pub(super) fn ours(&self) -> Option<(TcpSeqNumber, u16)> {
         self.ours

@@ -29,9 +29,12 @@ use smoltcp::iface::{Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
+use mesh_tun::batch::Batch;
+use mesh_tun::offload::Coalescer;
 use ports::{Listener, Udp};
 
-use super::packet::{self, Ack, Flow, Parsed, Sent};
+use super::packet::{self, Ack, Checksum, Flow, Parsed, Sent};
+use super::parcel::{LONGEST, Parcel};
 use super::phy::Phy;
 use super::recovery::{DUPLICATES, Recovery};
 use super::{Bind, Config, is_service_address};
@@ -39,7 +42,12 @@ use super::{Bind, Config, is_service_address};
 /// Packets one connection may send before the next one has its turn.
 const BURST: usize = 16;
 /// Packets received for one connection before it may answer.
-const SEGMENTS_PER_ACK: u8 = 2;
+const SEGMENTS_PER_ACK: usize = 2;
+/// IPv4 and TCP headers.
+const HEADERS: usize = 40;
+/// Full packets that one acknowledgement may count for when the congestion window grows (as RFC 3465 §2.3, which is about
+/// a peer that acknowledges less often than every second one; ours does that for what it has joined).
+const MOST_ACKED: usize = 64;
 /// Inbound connections whose handshake has not finished, at most; further SYNs are dropped and come again.
 const MAX_HALF_OPEN: usize = 256;
 /// How long an inbound handshake may take.
@@ -119,7 +127,7 @@ struct Conn {
     time_wait_since: Option<Instant>,
     recovery: Recovery,
     /// Packets received since it was asked what it has to send.
-    unanswered: u8,
+    unanswered: usize,
 }
 
 impl Conn {
@@ -129,6 +137,19 @@ impl Conn {
 
     fn state(&self) -> State {
         self.sockets.get::<Socket<'_>>(self.handle).state()
+    }
+}
+
+/// What has arrived in one piece: a packet, or several that were joined.
+#[derive(Clone, Copy)]
+struct Arrival<'a> {
+    packet: &'a [u8],
+    count: usize,
+}
+
+impl<'a> Arrival<'a> {
+    fn one(packet: &'a [u8]) -> Self {
+        Self { packet, count: 1 }
     }
 }
 
@@ -155,6 +176,9 @@ pub(super) struct Stack {
     udp_ports: BTreeMap<Bind, UdpId>,
     events: VecDeque<Event>,
     drops: Drops,
+    coalescer: Coalescer,
+    /// Where packets are joined.
+    joined: Vec<u8>,
 }
 
 impl std::fmt::Debug for Stack {
@@ -174,7 +198,7 @@ impl Stack {
         let mut phy = Phy::new(config.mtu, config.transmit_queue);
         let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ip);
         settings.random_seed = rng.random();
-        let iface = Interface::new(settings, &mut phy, smoltcp::time::Instant::ZERO);
+        let iface = Interface::new(settings, &mut phy.port(None), smoltcp::time::Instant::ZERO);
         let mut stack = Self {
             epoch: now,
             iface,
@@ -195,6 +219,8 @@ impl Stack {
             udp_ports: BTreeMap::new(),
             events: VecDeque::new(),
             drops: Drops::default(),
+            coalescer: Coalescer::default(),
+            joined: Vec::with_capacity(LONGEST),
             config,
         };
         let addresses = stack.config.addresses.clone();
@@ -265,9 +291,39 @@ impl Stack {
 
     // --- packets -------------------------------------------------------------------------------------------------
 
+    /// Takes the packets of a batch from the mesh, those that follow in order in a flow as one. Says how many. Call
+    /// [`flush`](Self::flush) afterwards.
+    pub(super) fn handle_batch(&mut self, now: Instant, batch: &mut Batch) -> usize {
+        let mut coalescer = std::mem::take(&mut self.coalescer);
+        let mut joined = std::mem::take(&mut self.joined);
+        coalescer.plan(batch, false);
+        let mut taken = 0;
+        for group in coalescer.groups() {
+            taken += group.count();
+            if group.count() == 1 {
+                self.handle_packet(now, batch.packet(group.first()));
+                continue;
+            }
+            group.join(batch);
+            joined.clear();
+            joined.extend_from_slice(batch.packet(group.first()));
+            for index in coalescer.packets(group).skip(1) {
+                joined.extend_from_slice(batch.packet(index).get(group.payload_at()..).unwrap_or_default());
+            }
+            self.handle(now, &joined, group.count(), Checksum::Right);
+        }
+        (self.coalescer, self.joined) = (coalescer, joined);
+        taken
+    }
+
     /// Takes one packet from the mesh. Call [`flush`](Self::flush) after a few.
-    pub(super) fn handle_packet(&mut self, now: Instant, packet: Vec<u8>) {
-        let Some(parsed) = packet::parse(&packet) else {
+    pub(super) fn handle_packet(&mut self, now: Instant, packet: &[u8]) {
+        self.handle(now, packet, 1, Checksum::Unknown);
+    }
+
+    /// Takes a packet, or `count` packets joined to one.
+    fn handle(&mut self, now: Instant, packet: &[u8], count: usize, checksum: Checksum) {
+        let Some(parsed) = packet::parse(packet, checksum) else {
             self.drops.malformed += 1;
             return;
         };
@@ -276,13 +332,13 @@ impl Stack {
             return;
         }
         match parsed {
-            Parsed::Tcp { flow, opens, ack } => self.handle_segment(now, flow, opens, ack, packet),
+            Parsed::Tcp { flow, opens, ack } => self.handle_segment(now, flow, opens, ack, Arrival { packet, count }),
             Parsed::Udp { flow, payload } => self.handle_datagram(now, flow, payload, packet),
-            Parsed::Other { .. } => self.feed(now, None, packet),
+            Parsed::Other { .. } => self.feed(now, None, Arrival::one(packet)),
         }
     }
 
-    fn handle_segment(&mut self, now: Instant, flow: Flow, opens: bool, ack: Option<Ack>, packet: Vec<u8>) {
+    fn handle_segment(&mut self, now: Instant, flow: Flow, opens: bool, ack: Option<Ack>, arrival: Arrival<'_>) {
         if let Some(id) = self.flows.get(&flow).copied() {
             let over = self.conns.get(&id).is_none_or(|c| matches!(c.state(), State::TimeWait | State::Closed));
             if !(opens && over) {
@@ -292,7 +348,10 @@ impl Stack {
                 if ack.is_some_and(|ack| self.conns.get_mut(&id).is_some_and(|conn| only_fin(ack, conn))) {
                     return;
                 }
-                self.feed(now, Some(id), packet);
+                if let Some(ack) = ack {
+                    self.acknowledge_by_steps(now, id, ack, arrival.packet);
+                }
+                self.feed(now, Some(id), arrival);
                 if let Some(ack) = ack
                     && self.conns.get_mut(&id).is_some_and(|conn| conn.recovery.acknowledged(now, ack))
                 {
@@ -307,12 +366,12 @@ impl Stack {
             }
         }
         if !opens {
-            self.feed(now, None, packet);
+            self.feed(now, None, arrival);
             return;
         }
         if let Some(bind) = self.listener_for(flow.local) {
             let full = self.listeners.get(&bind).is_none_or(|l| l.queue.len() >= l.backlog);
-            if full || !self.open_passive(now, flow, Origin::Listener(bind), packet) {
+            if full || !self.open_passive(now, flow, Origin::Listener(bind), arrival.packet) {
                 self.drops.connections += 1;
             }
         } else if self.falls_back(flow.local.ip()) {
@@ -323,14 +382,28 @@ impl Stack {
                 self.drops.connections += 1;
                 return;
             }
-            self.parked.insert(flow, packet);
+            self.parked.insert(flow, arrival.packet.to_vec());
             self.events.push_back(Event::TcpRequest(flow));
         } else {
-            self.feed(now, None, packet);
+            self.feed(now, None, arrival);
         }
     }
 
-    fn handle_datagram(&mut self, now: Instant, flow: Flow, payload: std::ops::Range<usize>, packet: Vec<u8>) {
+    /// Shows a socket the acknowledgements that a peer would have sent for every second packet: smoltcp's congestion
+    /// window grows by the number of acknowledgements, and a peer that joins packets sends few.
+    fn acknowledge_by_steps(&mut self, now: Instant, id: ConnId, ack: Ack, packet: &[u8]) {
+        let at = self.smol(now);
+        let step = SEGMENTS_PER_ACK * self.phy.mtu().saturating_sub(HEADERS).max(1);
+        let Some(conn) = self.conns.get_mut(&id).filter(|_| ack.bare) else { return };
+        let Some(acked) = conn.recovery.newly_acknowledged(ack) else { return };
+        let mut room = [0; 128];
+        for done in (step..acked).step_by(step).take(MOST_ACKED / SEGMENTS_PER_ACK) {
+            let Some(less) = packet::acknowledge_less(packet, ack.number - (acked - done), &mut room) else { return };
+            self.iface.poll_ingress_single(at, &mut self.phy.port(Some(less)), &mut conn.sockets);
+        }
+    }
+
+    fn handle_datagram(&mut self, now: Instant, flow: Flow, payload: std::ops::Range<usize>, packet: &[u8]) {
         let bound = [Bind::exactly(flow.local), Bind::port(flow.local.port())];
         if let Some(id) = bound.iter().find_map(|bind| self.udp_ports.get(bind)) {
             let Some(socket) = self.udp.get_mut(id) else { return };
@@ -349,9 +422,9 @@ impl Stack {
                 self.drops.datagrams += 1;
                 return;
             }
-            self.events.push_back(Event::UdpDatagram { flow, payload, packet });
+            self.events.push_back(Event::UdpDatagram { flow, payload, packet: packet.to_vec() });
         } else {
-            self.feed(now, None, packet);
+            self.feed(now, None, Arrival::one(packet));
         }
     }
 
@@ -360,23 +433,26 @@ impl Stack {
         self.config.fallback && !is_service_address(address)
     }
 
-    /// Hands `packet` to one connection's socket, or to none: then smoltcp answers echo requests, resets and errors.
-    fn feed(&mut self, now: Instant, id: Option<ConnId>, packet: Vec<u8>) {
+    /// Hands a packet to one connection's socket, or to none: then smoltcp answers echo requests, resets and errors.
+    fn feed(&mut self, now: Instant, id: Option<ConnId>, arrival: Arrival<'_>) {
         let at = self.smol(now);
-        self.phy.offer(packet);
-        let sockets = match id.and_then(|id| self.conns.get_mut(&id)) {
-            Some(conn) => &mut conn.sockets,
-            None => &mut self.nobody,
+        let conn = id.and_then(|id| Some((id, self.conns.get_mut(&id)?)));
+        let Some((id, conn)) = conn else {
+            self.iface.poll_ingress_single(at, &mut self.phy.port(Some(arrival.packet)), &mut self.nobody);
+            self.phy.take_sent();
+            return;
         };
-        self.iface.poll_ingress_single(at, &mut self.phy, sockets);
-        self.phy.recycle();
-        let answer = self.phy.out.take_sent();
-        // The peer's window grows by acknowledgements, not by bytes (RFC 9293 §3.8.6.3): a long batch gets several.
-        let Some((id, conn)) = id.and_then(|id| Some((id, self.conns.get_mut(&id)?))) else { return };
-        if let Some(answer) = answer {
+        self.iface.poll_ingress_single(at, &mut self.phy.port(Some(arrival.packet)), &mut conn.sockets);
+        if let Some(answer) = self.phy.take_sent() {
+            // An answer at once says that something is missing before this; a loss is told by several.
+            let repeats = conn.recovery.ours().is_some_and(|(acks, _)| acks == answer.acks);
+            if repeats && answer.start == answer.end {
+                (1..arrival.count.min(usize::from(DUPLICATES))).for_each(|_| self.phy.repeat());
+            }
             conn.recovery.sent(now, answer);
         }
-        conn.unanswered += 1;
+        // The peer's window grows by acknowledgements, not by bytes (RFC 9293 §3.8.6.3): a long batch gets several.
+        conn.unanswered += arrival.count;
         if conn.unanswered >= SEGMENTS_PER_ACK && self.phy.has_room() {
             self.send_burst(now, id);
         } else {
@@ -394,7 +470,7 @@ impl Stack {
             if closing {
                 // What is unacknowledged is our FIN.
                 let numbers = Sent { start: ack.number, end: ack.number + 1, acks, window };
-                self.phy.out.push(packet::build_fin(flow, numbers));
+                self.phy.push(Parcel::whole(packet::build_fin(flow, numbers)));
             }
             return;
         }
@@ -405,7 +481,7 @@ impl Stack {
         let other = Ack { window: ack.window.saturating_sub(1), ..ack };
         let duplicates = std::iter::repeat_n(other, 1 + usize::from(DUPLICATES));
         for ack in duplicates.chain(std::iter::once(ack)) {
-            self.feed(now, Some(id), packet::build_ack(flow, ack));
+            self.feed(now, Some(id), Arrival::one(&packet::build_ack(flow, ack)));
         }
     }
 
@@ -414,9 +490,14 @@ impl Stack {
         self.phy.set_limit(limit);
     }
 
-    /// The next packet for the mesh.
-    pub(super) fn poll_transmit(&mut self) -> Option<Vec<u8>> {
-        self.phy.out.pop()
+    /// The next parcel for the mesh.
+    pub(super) fn poll_transmit(&mut self) -> Option<Parcel> {
+        self.phy.pop()
+    }
+
+    /// Takes a parcel's buffer back for another one.
+    pub(super) fn recycle(&mut self, buffer: Vec<u8>) {
+        self.phy.recycle(buffer);
     }
 
     /// The next decision to make.
@@ -465,8 +546,9 @@ impl Stack {
                     self.send_burst(now, id);
                 }
             }
-            let Some(packet) = self.phy.out.pop_looped() else { break };
-            self.handle_packet(now, packet);
+            let Some(parcel) = self.phy.pop_looped() else { break };
+            self.handle(now, parcel.bytes(), parcel.count(), Checksum::Right);
+            self.phy.recycle(parcel.into_buffer());
         }
     }
 
@@ -481,8 +563,9 @@ impl Stack {
             if !more || !self.phy.has_room() {
                 break;
             }
-            more = self.iface.poll_egress(at, &mut self.phy, &mut conn.sockets) == PollResult::SocketStateChanged;
-            if let Some(sent) = self.phy.out.take_sent() {
+            more = self.iface.poll_egress(at, &mut self.phy.port(None), &mut conn.sockets)
+                == PollResult::SocketStateChanged;
+            if let Some(sent) = self.phy.take_sent() {
                 conn.recovery.sent(now, sent);
             }
         }

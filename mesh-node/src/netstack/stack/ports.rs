@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::{ConnId, Stack, UdpId};
 use crate::netstack::Bind;
 use crate::netstack::packet::{self, Flow};
+use crate::netstack::parcel::Parcel;
 
 /// Connections that wait for `accept`.
 #[derive(Debug, Default)]
@@ -117,7 +118,7 @@ impl Stack {
             self.drops.datagrams += 1;
             return Err(ErrorKind::WouldBlock);
         }
-        self.phy.out.push(packet);
+        self.phy.push(Parcel::whole(packet));
         Ok(())
     }
 

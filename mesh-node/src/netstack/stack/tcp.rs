@@ -10,7 +10,7 @@ use smoltcp::iface::SocketSet;
 use smoltcp::socket::tcp::{CongestionControl, RecvError, Socket, SocketBuffer, State};
 use smoltcp::wire::{IpEndpoint, IpListenEndpoint};
 
-use super::{Conn, ConnId, DYNAMIC_PORTS, HALF_OPEN_TIME, LINGER_TIME, MAX_HALF_OPEN, Origin, Stack};
+use super::{Arrival, Conn, ConnId, DYNAMIC_PORTS, HALF_OPEN_TIME, LINGER_TIME, MAX_HALF_OPEN, Origin, Stack};
 use crate::netstack::is_service_address;
 use crate::netstack::packet::Flow;
 use crate::netstack::recovery::Recovery;
@@ -44,7 +44,7 @@ impl Stack {
     /// Admits a parked SYN: the handshake goes on, the connection is the caller's.
     pub(in crate::netstack) fn admit(&mut self, now: Instant, flow: Flow) -> Result<ConnId, ErrorKind> {
         let syn = self.parked.remove(&flow).ok_or(ErrorKind::NotFound)?;
-        if self.flows.contains_key(&flow) || !self.open_passive(now, flow, Origin::Admitted, syn) {
+        if self.flows.contains_key(&flow) || !self.open_passive(now, flow, Origin::Admitted, &syn) {
             return Err(ErrorKind::ResourceBusy);
         }
         let id = *self.flows.get(&flow).ok_or(ErrorKind::ConnectionReset)?;
@@ -57,7 +57,7 @@ impl Stack {
     /// Answers a parked SYN with a reset.
     pub(in crate::netstack) fn refuse_tcp(&mut self, now: Instant, flow: Flow) {
         if let Some(syn) = self.parked.remove(&flow) {
-            self.feed(now, None, syn);
+            self.feed(now, None, Arrival::one(&syn));
         }
     }
 
@@ -67,11 +67,11 @@ impl Stack {
     }
 
     /// Answers a whole packet as a stack without that socket does: port unreachable, or reset.
-    pub(in crate::netstack) fn refuse_packet(&mut self, now: Instant, packet: Vec<u8>) {
-        self.feed(now, None, packet);
+    pub(in crate::netstack) fn refuse_packet(&mut self, now: Instant, packet: &[u8]) {
+        self.feed(now, None, Arrival::one(packet));
     }
 
-    pub(super) fn open_passive(&mut self, now: Instant, flow: Flow, origin: Origin, syn: Vec<u8>) -> bool {
+    pub(super) fn open_passive(&mut self, now: Instant, flow: Flow, origin: Origin, syn: &[u8]) -> bool {
         if self.half_open >= MAX_HALF_OPEN || !self.make_room() {
             return false;
         }
@@ -84,7 +84,7 @@ impl Stack {
         if let Some(conn) = self.conns.get_mut(&id) {
             conn.expires = Some(now + HALF_OPEN_TIME);
         }
-        self.feed(now, Some(id), syn);
+        self.feed(now, Some(id), Arrival::one(syn));
         true
     }
 
