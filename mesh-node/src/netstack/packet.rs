@@ -10,8 +10,8 @@ use mesh_tun::packet::Protocol;
 use mesh_tun::packet::checksum::pseudo_header;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    IPV6_HEADER_LEN, IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpControl, TcpPacket, TcpRepr,
-    TcpSeqNumber, UdpPacket, UdpRepr,
+    IPV6_HEADER_LEN, IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpControl, TcpOption,
+    TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, UdpRepr,
 };
 
 /// Hop limit of packets the stack makes itself, as smoltcp's TCP uses.
@@ -147,16 +147,51 @@ pub(super) fn destination(packet: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// The numbers of a TCP packet of ours; none for a reset.
-pub(super) fn sent(packet: &[u8]) -> Option<Sent> {
+/// Whether a SYN offers to scale windows (RFC 7323 §2.2).
+pub(super) fn offers_scaling(packet: &[u8]) -> bool {
+    let scaling = |packet: &[u8]| {
+        let tcp = TcpPacket::new_checked(packet.get(transport(packet)?..)?).ok()?;
+        let mut options = tcp.options();
+        while !options.is_empty() {
+            let (rest, option) = TcpOption::parse(options).ok()?;
+            if matches!(option, TcpOption::WindowScale(_)) {
+                return Some(());
+            }
+            options = rest;
+        }
+        None
+    };
+    scaling(packet).is_some()
+}
+
+/// Makes the window of a TCP packet of ours at most `most`, unscaled; not a SYN's, which is never scaled. The checksum is
+/// not mended.
+pub(super) fn limit_window(packet: &mut [u8], most: u16) {
+    let Some(body) = tcp_of(packet).and_then(|at| packet.get_mut(at..)) else { return };
+    let mut tcp = TcpPacket::new_unchecked(body);
+    if !tcp.syn() && tcp.window_len() > most {
+        tcp.set_window_len(most);
+    }
+}
+
+/// Where the TCP header of a packet of ours begins.
+fn tcp_of(packet: &[u8]) -> Option<usize> {
     let (protocol, start) = match packet.first()? >> 4 {
         4 => (*packet.get(9)?, 20),
         _ => (*packet.get(6)?, 40),
     };
-    if protocol != u8::from(IpProtocol::Tcp) {
-        return None;
-    }
-    let tcp = TcpPacket::new_checked(packet.get(start..)?).ok()?;
+    (protocol == u8::from(IpProtocol::Tcp) && packet.len() >= start + 20).then_some(start)
+}
+
+/// Where the header behind the IP header begins.
+fn transport(packet: &[u8]) -> Option<usize> {
+    let first = packet.first()?;
+    Some(if first >> 4 == 4 { usize::from(first & 0xf) * 4 } else { IPV6_HEADER_LEN })
+}
+
+/// The numbers of a TCP packet of ours; none for a reset.
+pub(super) fn sent(packet: &[u8]) -> Option<Sent> {
+    let tcp = TcpPacket::new_checked(packet.get(tcp_of(packet)?..)?).ok()?;
     (!tcp.rst()).then(|| Sent {
         start: tcp.seq_number(),
         end: tcp.seq_number() + tcp.segment_len(),
@@ -175,10 +210,10 @@ pub(super) fn build_ack(flow: Flow, ack: Ack) -> Vec<u8> {
 /// Copies the bare acknowledgement in `packet` to `room`, with another number; its checksum is not mended. `None` when it
 /// does not fit.
 pub(super) fn acknowledge_less<'a>(packet: &[u8], number: TcpSeqNumber, room: &'a mut [u8]) -> Option<&'a [u8]> {
-    let transport = if packet.first()? >> 4 == 4 { usize::from(packet[0] & 0xf) * 4 } else { IPV6_HEADER_LEN };
+    let at = transport(packet)?;
     let copy = room.get_mut(..packet.len())?;
     copy.copy_from_slice(packet);
-    TcpPacket::new_unchecked(copy.get_mut(transport..)?).set_ack_number(number);
+    TcpPacket::new_unchecked(copy.get_mut(at..)?).set_ack_number(number);
     Some(copy)
 }
 

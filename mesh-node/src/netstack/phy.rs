@@ -25,6 +25,8 @@ pub(super) struct Phy {
     /// How many packets may wait in `parcels`.
     limit: usize,
     spare: Spare,
+    /// The largest window to offer, unscaled.
+    window: Option<u16>,
     /// The last TCP segment that was sent.
     sent: Option<Sent>,
 }
@@ -39,6 +41,7 @@ impl Phy {
             own: Vec::new(),
             limit,
             spare: Spare::default(),
+            window: None,
             sent: None,
         }
     }
@@ -59,6 +62,11 @@ impl Phy {
 
     pub(super) fn set_limit(&mut self, limit: usize) {
         self.limit = limit;
+    }
+
+    /// Offers at most this window from now on, unscaled.
+    pub(super) fn set_window(&mut self, most: Option<u16>) {
+        self.window = most;
     }
 
     pub(super) fn set_own(&mut self, own: Vec<IpAddr>) {
@@ -131,6 +139,9 @@ impl TxToken for Transmit<'_> {
         let mut buffer = self.phy.spare.take(len, self.phy.mtu);
         let packet = &mut buffer[..len];
         let result = f(packet);
+        if let Some(most) = self.phy.window {
+            packet::limit_window(packet, most);
+        }
         self.phy.sent = packet::sent(packet).or(self.phy.sent);
         self.phy.push(Parcel::new(buffer, len, self.segment));
         result

@@ -79,6 +79,7 @@ impl Recovery {
     pub(super) fn acknowledged(&mut self, now: Instant, ack: Ack) -> bool {
         let (Some(highest), Some(last)) = (self.highest, self.last_ack) else {
             self.last_ack = Some(ack);
+            self.measure(now, ack.number);
             return false;
         };
         if ack.number == last.number {
@@ -96,12 +97,7 @@ impl Recovery {
             return false;
         }
         (self.last_ack, self.repeats, self.probes) = (Some(Ack { end: ack.end.max(last.end), ..ack }), 0, 0);
-        if let Some((end, at)) = self.timing
-            && ack.number >= end
-        {
-            self.timing = None;
-            self.measured(now.saturating_duration_since(at));
-        }
+        self.measure(now, ack.number);
         self.plan_probe(now);
         match self.until {
             Some(until) if ack.number < until => true,
@@ -111,6 +107,11 @@ impl Recovery {
             }
             None => false,
         }
+    }
+
+    /// The smoothed round-trip time.
+    pub(super) fn round_trip(&self) -> Option<Duration> {
+        self.round_trip.map(|(smoothed, _)| smoothed)
     }
 
     /// The newest acknowledgement of the peer.
@@ -167,7 +168,17 @@ impl Recovery {
         });
     }
 
-    fn measured(&mut self, sample: Duration) {
+    /// Notes that the peer has answered our SYN.
+    pub(super) fn connected(&mut self, now: Instant) {
+        if let Some(highest) = self.highest {
+            self.measure(now, highest);
+        }
+    }
+
+    /// Takes the time, if `number` acknowledges the segment that was waited for.
+    fn measure(&mut self, now: Instant, number: TcpSeqNumber) {
+        let Some((_, at)) = self.timing.take_if(|(end, _)| number >= *end) else { return };
+        let sample = now.saturating_duration_since(at);
         self.round_trip = Some(match self.round_trip {
             Some((smoothed, variation)) => {
                 ((7 * smoothed + sample) / 8, (3 * variation + smoothed.abs_diff(sample)) / 4)

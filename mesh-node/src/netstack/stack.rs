@@ -37,6 +37,7 @@ use super::packet::{self, Ack, Checksum, Flow, Parsed, Sent};
 use super::parcel::{LONGEST, Parcel};
 use super::phy::Phy;
 use super::recovery::{DUPLICATES, Recovery};
+use super::window::Window;
 use super::{Bind, Config, is_service_address};
 
 /// Packets one connection may send before the next one has its turn.
@@ -126,6 +127,15 @@ struct Conn {
     expires: Option<Instant>,
     time_wait_since: Option<Instant>,
     recovery: Recovery,
+    /// What we offer the peer, and what we take from the program.
+    receives: Window,
+    sends: Window,
+    /// The peer scales windows, ours by this.
+    scale: Option<u32>,
+    /// Bytes that the buffers span.
+    buffers: usize,
+    /// Bytes read and written by the program.
+    moved: usize,
     /// Packets received since it was asked what it has to send.
     unanswered: usize,
 }
@@ -137,6 +147,20 @@ impl Conn {
 
     fn state(&self) -> State {
         self.sockets.get::<Socket<'_>>(self.handle).state()
+    }
+
+    /// Notes what the peer's SYN says of windows.
+    fn note_syn(&mut self, packet: &[u8]) {
+        let capacity = self.socket().recv_capacity();
+        // As smoltcp chooses it: so much that the whole buffer fits the field.
+        let bits = usize::BITS - capacity.leading_zeros();
+        self.scale = packet::offers_scaling(packet).then(|| bits.saturating_sub(u16::BITS));
+    }
+
+    /// The largest window to offer, unscaled; `None` leaves it to smoltcp, which offers all that is free.
+    fn window(&self) -> Option<u16> {
+        let limit = self.receives.limit() >> self.scale?;
+        Some(u16::try_from(limit).unwrap_or(u16::MAX))
     }
 }
 
@@ -176,6 +200,10 @@ pub(super) struct Stack {
     udp_ports: BTreeMap<Bind, UdpId>,
     events: VecDeque<Event>,
     drops: Drops,
+    /// Bytes that the buffers of all connections span.
+    buffers: usize,
+    /// Sockets of connections that were short.
+    spare: Vec<Socket<'static>>,
     coalescer: Coalescer,
     /// Where packets are joined.
     joined: Vec<u8>,
@@ -219,6 +247,8 @@ impl Stack {
             udp_ports: BTreeMap::new(),
             events: VecDeque::new(),
             drops: Drops::default(),
+            buffers: 0,
+            spare: Vec::new(),
             coalescer: Coalescer::default(),
             joined: Vec::with_capacity(LONGEST),
             config,
@@ -350,6 +380,9 @@ impl Stack {
                 }
                 if let Some(ack) = ack {
                     self.acknowledge_by_steps(now, id, ack, arrival.packet);
+                } else if let Some(conn) = self.conns.get_mut(&id).filter(|conn| conn.state() == State::SynSent) {
+                    conn.note_syn(arrival.packet);
+                    conn.recovery.connected(now);
                 }
                 self.feed(now, Some(id), arrival);
                 if let Some(ack) = ack
@@ -396,6 +429,7 @@ impl Stack {
         let step = SEGMENTS_PER_ACK * self.phy.mtu().saturating_sub(HEADERS).max(1);
         let Some(conn) = self.conns.get_mut(&id).filter(|_| ack.bare) else { return };
         let Some(acked) = conn.recovery.newly_acknowledged(ack) else { return };
+        conn.sends.pass(now, acked, conn.recovery.round_trip());
         let mut room = [0; 128];
         for done in (step..acked).step_by(step).take(MOST_ACKED / SEGMENTS_PER_ACK) {
             let Some(less) = packet::acknowledge_less(packet, ack.number - (acked - done), &mut room) else { return };
@@ -442,7 +476,9 @@ impl Stack {
             self.phy.take_sent();
             return;
         };
+        self.phy.set_window(conn.window());
         self.iface.poll_ingress_single(at, &mut self.phy.port(Some(arrival.packet)), &mut conn.sockets);
+        self.phy.set_window(None);
         if let Some(answer) = self.phy.take_sent() {
             // An answer at once says that something is missing before this; a loss is told by several.
             let repeats = conn.recovery.ours().is_some_and(|(acks, _)| acks == answer.acks);
@@ -559,6 +595,7 @@ impl Stack {
         conn.unanswered = 0;
         let resting = conn.attached && conn.time_wait_since.is_some_and(|since| now >= since + TIME_WAIT_SERVICE);
         let mut more = !resting;
+        self.phy.set_window(conn.window());
         for _ in 0..BURST {
             if !more || !self.phy.has_room() {
                 break;
@@ -569,6 +606,7 @@ impl Stack {
                 conn.recovery.sent(now, sent);
             }
         }
+        self.phy.set_window(None);
         if more {
             self.touch(id);
         } else {
@@ -678,7 +716,9 @@ impl Stack {
     }
 
     fn remove(&mut self, id: ConnId) {
-        let Some(conn) = self.conns.remove(&id) else { return };
+        let Some(mut conn) = self.conns.remove(&id) else { return };
+        self.buffers -= conn.buffers;
+        self.keep_socket(&mut conn);
         if let Some(at) = conn.deadline {
             self.deadlines.remove(&(at, id));
         }

@@ -79,7 +79,7 @@ impl AsyncRead for TcpStream {
             return Poll::Ready(Ok(()));
         }
         let room = buffer.initialize_unfilled();
-        match self.shared.with(|stack, _| stack.poll_read(self.id, context.waker(), room)) {
+        match self.shared.with(|stack, now| stack.poll_read(self.id, now, context.waker(), room)) {
             Poll::Ready(Ok(read)) => {
                 buffer.advance(read);
                 Poll::Ready(Ok(()))

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use rand::RngExt as _;
 use smoltcp::iface::SocketSet;
+use smoltcp::socket::Socket as AnySocket;
 use smoltcp::socket::tcp::{CongestionControl, RecvError, Socket, SocketBuffer, State};
 use smoltcp::wire::{IpEndpoint, IpListenEndpoint};
 
@@ -14,6 +15,14 @@ use super::{Arrival, Conn, ConnId, DYNAMIC_PORTS, HALF_OPEN_TIME, LINGER_TIME, M
 use crate::netstack::is_service_address;
 use crate::netstack::packet::Flow;
 use crate::netstack::recovery::Recovery;
+use crate::netstack::window::Window;
+
+/// Buffers, each way, of connections beyond the budget.
+const SMALL_BUFFER: usize = 512 * 1024;
+/// Sockets kept for the next connections.
+const SPARE_SOCKETS: usize = 32;
+/// What a short connection moves at most: so much memory a spare socket may hold.
+const MOVED_BY_SHORT: usize = 256 * 1024;
 
 impl Stack {
     /// Starts connecting; [`poll_connected`](Self::poll_connected) tells how it went.
@@ -84,12 +93,17 @@ impl Stack {
         if let Some(conn) = self.conns.get_mut(&id) {
             conn.expires = Some(now + HALF_OPEN_TIME);
         }
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.note_syn(syn);
+        }
         self.feed(now, Some(id), Arrival::one(syn));
         true
     }
 
     pub(super) fn insert(&mut self, flow: Flow, origin: Origin, socket: Socket<'static>) -> ConnId {
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
+        let (receives, sends) = (socket.recv_capacity(), socket.send_capacity());
+        self.buffers += receives + sends;
         let handle = sockets.add(socket);
         let id = ConnId(self.next_id);
         self.next_id += 1;
@@ -106,6 +120,11 @@ impl Stack {
             expires: None,
             time_wait_since: None,
             recovery: Recovery::default(),
+            receives: Window::new(receives),
+            sends: Window::new(sends),
+            scale: None,
+            buffers: receives + sends,
+            moved: 0,
             unanswered: 0,
         };
         self.conns.insert(id, conn);
@@ -113,16 +132,32 @@ impl Stack {
         id
     }
 
-    pub(super) fn socket(&self) -> Socket<'static> {
-        let mut socket = Socket::new(
-            SocketBuffer::new(vec![0; self.config.receive_buffer]),
-            SocketBuffer::new(vec![0; self.config.send_buffer]),
-        );
+    /// A socket with buffers as large as the budget allows; one that was used before if there is one.
+    pub(super) fn socket(&mut self) -> Socket<'static> {
+        let (receive, send) = (self.config.receive_buffer, self.config.send_buffer);
+        let large = self.buffers + receive + send <= self.config.buffer_budget;
+        let buffer = |size: usize| SocketBuffer::new(vec![0; if large { size } else { size.min(SMALL_BUFFER) }]);
+        let spare = if large { self.spare.pop() } else { None };
+        let mut socket = spare.unwrap_or_else(|| Socket::new(buffer(receive), buffer(send)));
         socket.set_congestion_control(CongestionControl::Cubic);
         socket.set_nagle_enabled(false);
         socket.set_timeout(Some(self.config.silence.into()));
         socket.set_keep_alive(self.config.keep_alive.map(Into::into));
         socket
+    }
+
+    /// Keeps the socket of a connection that was short: zeroing megabytes for the next one takes longer than it may last.
+    /// Those whose buffers hold memory are given back.
+    pub(super) fn keep_socket(&mut self, conn: &mut Conn) {
+        let large = conn.buffers == self.config.receive_buffer + self.config.send_buffer;
+        if large
+            && conn.moved <= MOVED_BY_SHORT
+            && self.spare.len() < SPARE_SOCKETS
+            && let AnySocket::Tcp(mut socket) = conn.sockets.remove(conn.handle)
+        {
+            socket.abort();
+            self.spare.push(socket);
+        }
     }
 
     /// Whether one more connection fits, letting an old one in TIME-WAIT go if it must.
@@ -174,6 +209,7 @@ impl Stack {
     pub(in crate::netstack) fn poll_read(
         &mut self,
         id: ConnId,
+        now: Instant,
         waker: &Waker,
         buffer: &mut [u8],
     ) -> Poll<Result<usize, ErrorKind>> {
@@ -190,6 +226,8 @@ impl Stack {
                 Poll::Pending
             }
             Ok(read) => {
+                conn.moved += read;
+                conn.receives.pass(now, read, conn.recovery.round_trip());
                 self.touch(id);
                 Poll::Ready(Ok(read))
             }
@@ -214,17 +252,21 @@ impl Stack {
                 conn.socket().register_send_waker(waker);
                 Poll::Pending
             }
-            State::Established | State::CloseWait => match conn.socket().send_slice(bytes) {
-                Ok(0) => {
-                    conn.socket().register_send_waker(waker);
-                    Poll::Pending
+            State::Established | State::CloseWait => {
+                let room = conn.sends.limit().saturating_sub(conn.socket().send_queue());
+                match conn.socket().send_slice(&bytes[..bytes.len().min(room)]) {
+                    Ok(0) => {
+                        conn.socket().register_send_waker(waker);
+                        Poll::Pending
+                    }
+                    Ok(written) => {
+                        conn.moved += written;
+                        self.touch(id);
+                        Poll::Ready(Ok(written))
+                    }
+                    Err(_) => Poll::Ready(Err(ErrorKind::BrokenPipe)),
                 }
-                Ok(written) => {
-                    self.touch(id);
-                    Poll::Ready(Ok(written))
-                }
-                Err(_) => Poll::Ready(Err(ErrorKind::BrokenPipe)),
-            },
+            }
             State::Closed
             | State::Listen
             | State::FinWait1

@@ -180,11 +180,35 @@ fn an_idle_connection_costs_no_timer() {
 struct Link {
     now: Instant,
     delay: Duration,
+    line: Option<Line>,
     stacks: [Stack; 2],
-    flying: VecDeque<(Instant, usize, Vec<u8>)>,
+    /// By the side that receives.
+    flying: [VecDeque<(Instant, Vec<u8>)>; 2],
     sent: [usize; 2],
+    /// When half of the bytes had been read.
+    half: Option<Instant>,
     /// Times that nothing happened for half a second: a timer had to help.
     stalls: usize,
+}
+
+/// What each direction carries, and how long packets queue for it before they are dropped.
+struct Line {
+    bits_per_second: u64,
+    queue: Duration,
+    free_at: [Instant; 2],
+}
+
+impl Line {
+    /// When a packet of `len` bytes has left; `None` if there is no room for it.
+    fn carry(&mut self, now: Instant, side: usize, len: usize) -> Option<Instant> {
+        let begin = self.free_at[side].max(now);
+        if begin - now > self.queue {
+            return None;
+        }
+        let takes = Duration::from_nanos(len as u64 * 8 * 1_000_000_000 / self.bits_per_second);
+        self.free_at[side] = begin + takes;
+        Some(self.free_at[side])
+    }
 }
 
 impl Link {
@@ -194,7 +218,12 @@ impl Link {
             let config = Config::with_addresses(addresses.map(|address| address.parse().unwrap()));
             Stack::new(now, config, [seed; 32])
         });
-        Self { now, delay, stacks, flying: VecDeque::new(), sent: [0; 2], stalls: 0 }
+        Self { now, delay, line: None, stacks, flying: Default::default(), sent: [0; 2], half: None, stalls: 0 }
+    }
+
+    fn with_line(mut self, bits_per_second: u64, queue: Duration) -> Self {
+        self.line = Some(Line { bits_per_second, queue, free_at: [self.now; 2] });
+        self
     }
 
     /// Moves on to the next thing that happens.
@@ -203,20 +232,29 @@ impl Link {
             self.stacks[side].flush(self.now);
             for packet in packets_of(&mut self.stacks[side]) {
                 self.sent[side] += 1;
-                if !loses(side) {
-                    self.flying.push_back((self.now + self.delay, 1 - side, packet));
+                let leaves = match &mut self.line {
+                    Some(line) => line.carry(self.now, side, packet.len()),
+                    None => Some(self.now),
+                };
+                if let Some(at) = leaves
+                    && !loses(side)
+                {
+                    self.flying[1 - side].push_back((at + self.delay, packet));
                 }
             }
         }
         let timers = self.stacks.iter().filter_map(Stack::poll_timeout);
-        let next = self.flying.front().map(|(at, ..)| *at).into_iter().chain(timers).min().expect("something happens");
+        let arrivals = self.flying.iter().filter_map(|flying| flying.front()).map(|(at, _)| *at);
+        let next = arrivals.chain(timers).min().expect("something happens");
         if next > self.now + Duration::from_millis(500) {
             self.stalls += 1;
         }
         self.now = self.now.max(next);
-        while self.flying.front().is_some_and(|(at, ..)| *at <= self.now) {
-            let Some((_, side, packet)) = self.flying.pop_front() else { break };
-            self.stacks[side].handle_packet(self.now, &packet);
+        for side in 0..2 {
+            while self.flying[side].front().is_some_and(|(at, _)| *at <= self.now) {
+                let Some((_, packet)) = self.flying[side].pop_front() else { break };
+                self.stacks[side].handle_packet(self.now, &packet);
+            }
         }
         for stack in &mut self.stacks {
             stack.handle_timeout(self.now);
@@ -242,10 +280,13 @@ impl Link {
                 server = Some(accepted.unwrap().0);
             }
             while let Some(id) = server
-                && let Poll::Ready(got) = self.stacks[1].poll_read(id, Waker::noop(), &mut buffer)
+                && let Poll::Ready(got) = self.stacks[1].poll_read(id, self.now, Waker::noop(), &mut buffer)
             {
                 let got = got.unwrap();
                 read += got;
+                if read >= len / 2 {
+                    self.half.get_or_insert(self.now);
+                }
                 ended = got == 0;
                 if ended {
                     break;
@@ -273,6 +314,64 @@ fn a_loss_costs_round_trips_and_not_timers() {
         assert_eq!(link.stalls, 0, "every {nth}th lost");
         assert!(took < Duration::from_secs(seconds), "every {nth}th lost: {took:?}");
     }
+}
+
+/// Megabits a second that a transfer of `len` bytes comes to after its first half.
+fn rate(link: &mut Link, len: usize, loses: impl FnMut(usize) -> bool) -> f64 {
+    link.transfer(len, loses);
+    let took = link.now - link.half.expect("there was a first half");
+    (len / 2 * 8) as f64 / took.as_secs_f64() / 1e6
+}
+
+#[test]
+fn one_stream_fills_a_gigabit_over_fifty_milliseconds() {
+    let mut link = Link::new(Duration::from_millis(25)).with_line(1_000_000_000, Duration::from_millis(25));
+    let rate = rate(&mut link, 200_000_000, |_| false);
+    println!("1 Gbit/s over 50 ms: {rate:.0} Mbit/s");
+    assert!(rate >= 800.0, "{rate:.0} Mbit/s");
+}
+
+#[test]
+fn one_in_a_thousand_lost_slows_a_stream_and_does_not_stop_it() {
+    for (round_trip, len, least) in [(50, 4_000_000, 3.0), (2, 40_000_000, 60.0)] {
+        let delay = Duration::from_millis(round_trip) / 2;
+        let mut link = Link::new(delay).with_line(1_000_000_000, Duration::from_millis(25));
+        let mut count = 0;
+        let every_thousandth = |side: usize| {
+            count += usize::from(side == 0);
+            side == 0 && usize::is_multiple_of(count, 1000)
+        };
+        let rate = rate(&mut link, len, every_thousandth);
+        println!("1 Gbit/s over {round_trip} ms, 0.1 % lost: {rate:.1} Mbit/s, {} stalls", link.stalls);
+        assert!(rate >= least && link.stalls == 0, "{round_trip} ms: {rate:.1} Mbit/s, {} stalls", link.stalls);
+    }
+}
+
+#[test]
+fn an_offered_window_begins_small_and_a_short_connections_socket_is_used_again() {
+    let mut link = Link::new(Duration::from_millis(1));
+    link.transfer(100_000, |_| false);
+    let newest = |stack: &Stack| stack.conns.values().next_back().map(|conn| conn.receives.limit());
+    assert!(newest(&link.stacks[1]).is_none_or(|limit| limit == 1 << 20));
+    while link.stacks.iter().any(|stack| stack.connections() > 0) {
+        // Nobody holds them any more.
+        for stack in &mut link.stacks {
+            let now = link.now;
+            stack.conns.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| stack.release(now, id));
+        }
+        link.step(&mut |_| false);
+    }
+    assert!(link.stacks.iter().all(|stack| stack.spare.len() == 1 && stack.buffers == 0));
+}
+
+#[test]
+fn buffers_beyond_the_budget_are_small() {
+    let mut config = Config::with_addresses([OURS[0].parse().unwrap()]);
+    config.buffer_budget = 3 * (config.receive_buffer + config.send_buffer);
+    let mut stack = Stack::new(start(), config, [7; 32]);
+    let ids: Vec<_> = (0..5).map(|_| stack.connect("100.64.0.2:80".parse().unwrap()).unwrap()).collect();
+    let sizes: Vec<usize> = ids.iter().map(|id| stack.conns[id].buffers >> 20).collect();
+    assert_eq!(sizes, [16, 16, 16, 1, 1]);
 }
 
 #[test]
