@@ -1,15 +1,26 @@
-//! Inbound traffic to this host: a peer that connects to a port of ours reaches the same port of 127.0.0.1.
+//! Inbound traffic to this host, and through it: a peer that connects to a port of ours reaches the same port of
+//! 127.0.0.1, and what it sends to a subnet behind us goes there by this host's own sockets.
 //!
 //! In userspace mode no kernel socket sees the mesh, so a server on this host would be unreachable. [`Forwarder`] takes
 //! the stack's [`Requests`](crate::netstack::Requests) and connects them:
 //!
-//! - TCP: the SYN waits while the local port is tried, so that a closed port is refused and not accepted and dropped.
+//! - TCP: the SYN waits while the target is tried, so that a closed port is refused and not accepted and dropped.
 //!   Bytes are copied both ways with half-close; a reset on one side becomes a reset on the other.
 //! - UDP: each pair of addresses and ports gets a local socket, so that answers find their way back; flows end after
 //!   being idle, and are bounded in number. A closed port is answered as unreachable.
 //!
-//! Everything reaches 127.0.0.1, also what peers send over IPv6: it is where most local servers listen. The packet
-//! filter has decided before who may come this far.
+//! - Echo requests to a subnet: the real host is asked through an unprivileged ICMP socket, and answered for when it has
+//!   answered. Where this process may have no such socket they are dropped and counted.
+//!
+//! [`Targets`] says where traffic really goes. [`ThisHost`] sends what is for our own addresses to 127.0.0.1, also what
+//! peers send over IPv6, since most local servers listen there; and what is for
+//! [`Config::subnets`](netstack::Config::subnets) where it is addressed to, but never to this host's own loopback. The
+//! packet filter has decided before who may come this far.
+
+mod ping;
+mod targets;
+
+pub use targets::{Targets, ThisHost};
 
 use std::collections::HashMap;
 use std::io;
@@ -23,7 +34,7 @@ use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
-use crate::netstack::{self, Flow, Netstack, Request, TcpRequest, UdpRequest};
+use crate::netstack::{self, Flow, Netstack, PingRequest, Request, TcpRequest, UdpRequest};
 
 /// Bytes copied at a time, each way.
 const COPY_BUFFER: usize = 64 * 1024;
@@ -36,7 +47,7 @@ const LARGEST_DATAGRAM: usize = 65_535;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Config {
-    /// Where to connect to; default 127.0.0.1.
+    /// Where [`ThisHost`] takes what is for our own addresses; default 127.0.0.1.
     pub target: IpAddr,
     /// TCP connections at a time; default 512. Further ones are refused.
     pub max_connections: usize,
@@ -44,8 +55,12 @@ pub struct Config {
     pub max_flows: usize,
     /// How long a UDP flow stays without a datagram either way; default 60 s.
     pub flow_idle: Duration,
-    /// How long the local port may take to accept; default 5 s.
+    /// How long a target may take to accept; default 5 s.
     pub connect_timeout: Duration,
+    /// Echo requests that wait for an answer; default 64. Further ones are dropped and counted.
+    pub max_pings: usize,
+    /// How long a target may take to echo; default 5 s.
+    pub ping_timeout: Duration,
 }
 
 impl Default for Config {
@@ -56,6 +71,8 @@ impl Default for Config {
             max_flows: 512,
             flow_idle: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(5),
+            max_pings: 64,
+            ping_timeout: Duration::from_secs(5),
         }
     }
 }
@@ -66,10 +83,12 @@ pub struct Counters {
     accepted: AtomicU64,
     refused: AtomicU64,
     dropped_datagrams: AtomicU64,
+    pings: AtomicU64,
+    dropped_pings: AtomicU64,
 }
 
 impl Counters {
-    /// TCP connections that reached a local port.
+    /// TCP connections that reached their target.
     pub fn accepted(&self) -> u64 {
         self.accepted.load(Ordering::Relaxed)
     }
@@ -83,20 +102,40 @@ impl Counters {
     pub fn dropped_datagrams(&self) -> u64 {
         self.dropped_datagrams.load(Ordering::Relaxed)
     }
+
+    /// Echo requests that were answered.
+    pub fn pings(&self) -> u64 {
+        self.pings.load(Ordering::Relaxed)
+    }
+
+    /// Echo requests without an answer: no target, no room, no permission, or the target is silent.
+    pub fn dropped_pings(&self) -> u64 {
+        self.dropped_pings.load(Ordering::Relaxed)
+    }
 }
 
-/// Connects the stack's unserved ports to this host.
-#[derive(Debug)]
+/// Connects the stack's unserved ports to this host, and its subnets to the hosts there.
+#[derive(Debug, Clone)]
 pub struct Forwarder {
     netstack: Netstack,
     config: Arc<Config>,
+    targets: Arc<dyn Targets>,
     counters: Arc<Counters>,
 }
 
 impl Forwarder {
-    /// A forwarder for `netstack`, which must run with [`fallback`](netstack::Config::fallback).
+    /// A forwarder for `netstack` with [`ThisHost`] as targets. The stack offers ports of our own addresses with
+    /// [`fallback`](netstack::Config::fallback), and the hosts in [`subnets`](netstack::Config::subnets).
     pub fn new(netstack: Netstack, config: Config) -> Self {
-        Self { netstack, config: Arc::new(config), counters: Arc::default() }
+        let targets = Arc::new(ThisHost::new(netstack.clone(), config.target));
+        Self { netstack, config: Arc::new(config), targets, counters: Arc::default() }
+    }
+
+    /// Asks `targets` instead where traffic goes.
+    #[must_use]
+    pub fn with_targets(mut self, targets: Arc<dyn Targets>) -> Self {
+        self.targets = targets;
+        self
     }
 
     /// Counts while [`run`](Self::run) runs.
@@ -112,6 +151,7 @@ impl Forwarder {
             return;
         };
         let permits = Arc::new(Semaphore::new(self.config.max_connections));
+        let pings = Arc::new(Semaphore::new(self.config.max_pings));
         let mut flows: HashMap<Flow, mpsc::Sender<UdpRequest>> = HashMap::new();
         let (ended, mut endings) = mpsc::channel(self.config.max_flows.max(1));
         loop {
@@ -123,9 +163,9 @@ impl Forwarder {
                 request = requests.next() => match request {
                     Some(Request::Tcp(request)) => match Arc::clone(&permits).try_acquire_owned() {
                         Ok(permit) => {
-                            let (config, counters) = (Arc::clone(&self.config), Arc::clone(&self.counters));
+                            let forwarder = self.clone();
                             tokio::spawn(async move {
-                                forward_tcp(request, &config, &counters).await;
+                                forwarder.forward_tcp(request).await;
                                 drop(permit);
                             });
                         }
@@ -135,6 +175,18 @@ impl Forwarder {
                         }
                     },
                     Some(Request::Udp(request)) => self.forward_datagram(&mut flows, &ended, request),
+                    Some(Request::Ping(request)) => match Arc::clone(&pings).try_acquire_owned() {
+                        Ok(permit) => {
+                            let forwarder = self.clone();
+                            tokio::spawn(async move {
+                                forwarder.forward_ping(request).await;
+                                drop(permit);
+                            });
+                        }
+                        Err(_) => {
+                            self.counters.dropped_pings.fetch_add(1, Ordering::Relaxed);
+                        }
+                    },
                     None => return,
                 },
             }
@@ -163,12 +215,18 @@ impl Forwarder {
             }
             None => request,
         };
+        let Some(target) = self.targets.target(flow.local) else {
+            self.counters.refused.fetch_add(1, Ordering::Relaxed);
+            request.refuse();
+            return;
+        };
         let (queue, receiver) = mpsc::channel(FLOW_QUEUE);
         // The queue is empty and open.
         let _ = queue.try_send(request);
         flows.insert(flow, queue);
         let task = UdpFlow {
             flow,
+            target,
             netstack: self.netstack.clone(),
             config: Arc::clone(&self.config),
             counters: Arc::clone(&self.counters),
@@ -181,25 +239,45 @@ impl Forwarder {
             let _ = ended.send(flow).await;
         });
     }
-}
 
-async fn forward_tcp(request: TcpRequest, config: &Config, counters: &Counters) {
-    let flow = request.flow();
-    let target = SocketAddr::new(config.target, flow.local.port());
-    match timeout(config.connect_timeout, TcpStream::connect(target)).await {
-        Ok(Ok(local)) => {
-            counters.accepted.fetch_add(1, Ordering::Relaxed);
-            if local.set_nodelay(true).is_err() {
-                tracing::trace!(%target, "the local socket has gone already");
-            }
-            match request.accept().await {
-                Ok(remote) => bridge(remote, local).await,
-                Err(error) => tracing::debug!(%flow.remote, %error, "a peer left during its handshake"),
-            }
-        }
-        Ok(Err(_)) | Err(_) => {
-            counters.refused.fetch_add(1, Ordering::Relaxed);
+    /// Connects to the target first: what it refuses is refused, and not accepted and dropped.
+    async fn forward_tcp(&self, request: TcpRequest) {
+        let flow = request.flow();
+        let Some(local) = self.connect(flow.local).await else {
+            self.counters.refused.fetch_add(1, Ordering::Relaxed);
             request.refuse();
+            return;
+        };
+        self.counters.accepted.fetch_add(1, Ordering::Relaxed);
+        if local.set_nodelay(true).is_err() {
+            tracing::trace!(%flow.local, "the local socket has gone already");
+        }
+        match request.accept().await {
+            Ok(remote) => bridge(remote, local).await,
+            Err(error) => tracing::debug!(%flow.remote, %error, "a peer left during its handshake"),
+        }
+    }
+
+    async fn connect(&self, destination: SocketAddr) -> Option<TcpStream> {
+        let target = self.targets.target(destination)?;
+        timeout(self.config.connect_timeout, TcpStream::connect(target)).await.ok()?.ok()
+    }
+
+    async fn forward_ping(&self, request: PingRequest) {
+        let target = request.destination().and_then(|address| self.targets.target(SocketAddr::new(address, 0)));
+        let answered = match target {
+            Some(target) => ping::ping(target.ip(), request.message(), self.config.ping_timeout).await,
+            None => Err(io::ErrorKind::AddrNotAvailable.into()),
+        };
+        match answered {
+            Ok(()) => {
+                self.counters.pings.fetch_add(1, Ordering::Relaxed);
+                request.answer();
+            }
+            Err(error) => {
+                self.counters.dropped_pings.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(%error, "an echo request is not answered");
+            }
         }
     }
 }
@@ -234,6 +312,7 @@ fn abort(stream: TcpStream) {
 /// One UDP flow and its local socket.
 struct UdpFlow {
     flow: Flow,
+    target: SocketAddr,
     netstack: Netstack,
     config: Arc<Config>,
     counters: Arc<Counters>,
@@ -241,10 +320,9 @@ struct UdpFlow {
 
 impl UdpFlow {
     async fn run(&self, mut requests: mpsc::Receiver<UdpRequest>) -> io::Result<()> {
-        let unspecified: IpAddr =
-            if self.config.target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { [0_u16; 8].into() };
+        let unspecified: IpAddr = if self.target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { [0_u16; 8].into() };
         let socket = UdpSocket::bind(SocketAddr::new(unspecified, 0)).await?;
-        socket.connect(SocketAddr::new(self.config.target, self.flow.local.port())).await?;
+        socket.connect(self.target).await?;
         let mut buffer = vec![0; LARGEST_DATAGRAM];
         // Kept until the local port has answered: the refusal quotes it.
         let mut unanswered: Option<UdpRequest> = None;

@@ -22,6 +22,9 @@
 //! Ports that nobody listens on are offered through [`Requests`] when [`Config::fallback`] is set;
 //! [`forward`](crate::forward) connects them to the same port of 127.0.0.1.
 //!
+//! Traffic for other addresses than ours is offered in the same way where [`Config::subnets`] says so: that is a subnet
+//! router, or an exit node, without privileges.
+//!
 //! Not done: IP fragments (dropped; the mesh's MTU is the same everywhere), ICMP errors towards a dialing socket (a dial
 //! to a silent port ends by its timeout), multicast.
 
@@ -45,11 +48,13 @@ use std::task::Poll;
 use std::time::Duration;
 
 pub use device::StackDevice;
-pub use driver::{Request, Requests, StackCounters, TcpRequest, UdpRequest};
+pub use driver::{PingRequest, Request, Requests, StackCounters, TcpRequest, UdpRequest};
 pub use packet::Flow;
 pub use stack::Drops;
 pub use tcp::{TcpListener, TcpStream};
 pub use udp::UdpSocket;
+
+use ipnet::IpNet;
 
 use driver::Handle;
 
@@ -96,6 +101,9 @@ pub struct Config {
     pub keep_alive: Option<Duration>,
     /// Whether traffic for ports that nobody serves is offered through [`Requests`]; default false: it is refused.
     pub fallback: bool,
+    /// Prefixes that are not ours and that we take packets for, as a subnet router or, with both default routes, an exit
+    /// node; default none. Their TCP, UDP and echo requests are offered through [`Requests`], the rest is dropped.
+    pub subnets: Vec<IpNet>,
 }
 
 impl Default for Config {
@@ -114,6 +122,7 @@ impl Default for Config {
             silence: Duration::from_secs(300),
             keep_alive: None,
             fallback: false,
+            subnets: Vec::new(),
         }
     }
 }
@@ -180,6 +189,11 @@ impl Netstack {
         self.handle.shared.with(|stack, _| stack.set_addresses(addresses));
     }
 
+    /// Replaces [`Config::subnets`]; connections to addresses that are in none of them any more end with an error.
+    pub fn set_subnets(&self, subnets: &[IpNet]) {
+        self.handle.shared.with(|stack, now| stack.set_subnets(now, subnets));
+    }
+
     /// Our addresses.
     pub fn addresses(&self) -> Vec<IpAddr> {
         self.handle.shared.with(|stack, _| stack.addresses().to_vec())
@@ -230,7 +244,8 @@ impl Netstack {
         }
     }
 
-    /// Traffic for ports that nobody serves; `None` when taken before, or without [`Config::fallback`].
+    /// Traffic for ports that nobody serves with [`Config::fallback`], and for [`Config::subnets`]; `None` when taken
+    /// before.
     pub fn requests(&self) -> Option<Requests> {
         self.handle.requests()
     }

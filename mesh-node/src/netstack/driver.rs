@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
@@ -11,6 +12,7 @@ use mesh_noise::random::SystemRng;
 use mesh_tun::batch::Batch;
 use tokio::sync::mpsc;
 
+use super::packet;
 use super::parcel::{Cutting, Parcel};
 use super::stack::{Drops, Event, Stack};
 use super::{Config, Flow, StackDevice, TcpStream};
@@ -40,6 +42,8 @@ pub enum Request {
     Tcp(TcpRequest),
     /// Somebody has sent a datagram.
     Udp(UdpRequest),
+    /// Somebody wants an echo from an address of a subnet.
+    Ping(PingRequest),
 }
 
 /// The stream of [`Request`]s; bounded, and what does not fit is dropped (a SYN comes again).
@@ -123,6 +127,32 @@ impl UdpRequest {
     }
 }
 
+/// An echo request for an address that is not ours. Dropping it leaves it unanswered.
+#[derive(Debug)]
+pub struct PingRequest {
+    packet: Vec<u8>,
+    message: std::ops::Range<usize>,
+    shared: Arc<Shared>,
+}
+
+impl PingRequest {
+    /// Who shall answer.
+    pub fn destination(&self) -> Option<IpAddr> {
+        packet::destination(&self.packet)
+    }
+
+    /// The ICMP or ICMPv6 message: type, code, checksum, identifier, sequence number, data.
+    pub fn message(&self) -> &[u8] {
+        self.packet.get(self.message.clone()).unwrap_or_default()
+    }
+
+    /// Answers in the name of the destination.
+    pub fn answer(self) {
+        let Self { packet, message, shared } = self;
+        shared.with(|stack, _| stack.answer_echo(packet, message.start));
+    }
+}
+
 /// A stack and its thread; dropping it ends both.
 #[derive(Debug)]
 pub(super) struct Handle {
@@ -134,7 +164,6 @@ impl Handle {
     pub(super) fn start(config: Config) -> io::Result<(Self, StackDevice)> {
         let seed = SystemRng.array();
         let (sender, receiver) = mpsc::channel(REQUEST_QUEUE);
-        let requests = config.fallback.then_some(Requests { receiver });
         let shared = Arc::new(Shared {
             connect_timeout: config.connect_timeout,
             mtu: config.mtu,
@@ -157,7 +186,7 @@ impl Handle {
             ending.0.run(&sender);
         })?;
         let device = StackDevice::new(Arc::clone(&shared));
-        Ok((Self { shared, requests: Mutex::new(requests) }, device))
+        Ok((Self { shared, requests: Mutex::new(Some(Requests { receiver })) }, device))
     }
 
     pub(super) fn requests(&self) -> Option<Requests> {
@@ -456,6 +485,9 @@ impl Shared {
                 Event::TcpRequest(flow) => Request::Tcp(TcpRequest { flow, shared: Some(Arc::clone(self)) }),
                 Event::UdpDatagram { flow, payload, packet } => {
                     Request::Udp(UdpRequest { flow, payload, packet, shared: Arc::clone(self) })
+                }
+                Event::Echo { packet, message } => {
+                    Request::Ping(PingRequest { packet, message, shared: Arc::clone(self) })
                 }
             };
             if let Err(error) = requests.try_send(request) {

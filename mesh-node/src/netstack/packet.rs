@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
 use mesh_tun::packet::Protocol;
-use mesh_tun::packet::checksum::pseudo_header;
+use mesh_tun::packet::checksum::{Sum, pseudo_header};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     IPV6_HEADER_LEN, IpAddress, IpProtocol, IpRepr, IpVersion, Ipv4Packet, Ipv6Packet, TcpControl, TcpOption,
@@ -58,8 +58,8 @@ pub(super) enum Parsed {
     Tcp { flow: Flow, opens: bool, ack: Option<Ack> },
     /// A UDP datagram with a good checksum; the payload stands at this range of the packet.
     Udp { flow: Flow, payload: Range<usize> },
-    /// Anything else that is addressed to somebody.
-    Other { destination: IpAddr },
+    /// Anything else that is addressed to somebody; `echo` is where the message of an echo request stands.
+    Other { destination: IpAddr, echo: Option<Range<usize>> },
 }
 
 impl Parsed {
@@ -67,7 +67,7 @@ impl Parsed {
     pub(super) fn destination(&self) -> IpAddr {
         match self {
             Self::Tcp { flow, .. } | Self::Udp { flow, .. } => flow.local.ip(),
-            Self::Other { destination } => *destination,
+            Self::Other { destination, .. } => *destination,
         }
     }
 }
@@ -134,7 +134,11 @@ pub(super) fn parse(packet: &[u8], checksum: Checksum) -> Option<Parsed> {
             let start = payload.start + smoltcp::wire::UDP_HEADER_LEN;
             Some(Parsed::Udp { flow, payload: start..payload.start + usize::from(udp.len()) })
         }
-        _ => Some(Parsed::Other { destination }),
+        protocol => {
+            let is_echo =
+                matches!((protocol, body.first()), (IpProtocol::Icmp, Some(8)) | (IpProtocol::Icmpv6, Some(128)));
+            Some(Parsed::Other { destination, echo: (is_echo && body.len() >= 8).then_some(payload) })
+        }
     }
 }
 
@@ -247,6 +251,34 @@ fn build_segment(flow: Flow, control: TcpControl, numbers: Sent) -> Vec<u8> {
     packet
 }
 
+/// Turns an echo request, whose message begins at `message`, into its answer.
+pub(super) fn echo_reply(packet: &mut [u8], message: usize) {
+    let is_v4 = packet.first().is_some_and(|first| first >> 4 == 4);
+    let (addresses, reply, hops) = if is_v4 { (12..20, 0, 8) } else { (8..40, 129, 7) };
+    if packet.len() < message + 8 || message < addresses.end {
+        return;
+    }
+    packet[hops] = HOP_LIMIT;
+    let addresses = &mut packet[addresses];
+    let (source, destination) = addresses.split_at_mut(addresses.len() / 2);
+    source.swap_with_slice(destination);
+    let pseudo = match (mesh_tun::packet::source(packet), mesh_tun::packet::destination(packet)) {
+        (Some(from), Some(to)) if !is_v4 => pseudo_header(from, to, Protocol::ICMPV6, packet.len() - message),
+        _ => Sum::default(),
+    };
+    let body = &mut packet[message..];
+    body[0] = reply;
+    body[2..4].fill(0);
+    let sum = pseudo.bytes(body).finish();
+    body[2..4].copy_from_slice(&sum.to_be_bytes());
+    if is_v4 {
+        let header = &mut packet[..message];
+        header[10..12].fill(0);
+        let sum = Sum::default().bytes(header).finish();
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
 /// Builds one UDP packet; `None` when the ends are of different families or the packet would exceed `mtu`.
 pub(super) fn build_udp(flow: Flow, payload: &[u8], mtu: usize) -> Option<Vec<u8>> {
     if flow.local.is_ipv4() != flow.remote.is_ipv4() {
@@ -323,6 +355,11 @@ mod tests {
                 prop_assert!(bytes.get(payload).is_some());
             }
             let _ = destination(&bytes);
+            let _ = offers_scaling(&bytes);
+            limit_window(&mut bytes, 1);
+            if let Some(Parsed::Other { echo: Some(message), .. }) = parse(&bytes, Checksum::Unknown) {
+                echo_reply(&mut bytes, message.start);
+            }
         }
     }
 }

@@ -29,6 +29,7 @@ use smoltcp::iface::{Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
+use ipnet::IpNet;
 use mesh_tun::batch::Batch;
 use mesh_tun::offload::Coalescer;
 use ports::{Listener, Udp};
@@ -85,6 +86,8 @@ pub(super) enum Event {
     TcpRequest(Flow),
     /// A datagram for a port without socket; `packet` is the whole packet, for [`Stack::refuse_packet`].
     UdpDatagram { flow: Flow, payload: std::ops::Range<usize>, packet: Vec<u8> },
+    /// An echo request for an address of a subnet, and where in the packet its message stands.
+    Echo { packet: Vec<u8>, message: std::ops::Range<usize> },
 }
 
 /// What the stack dropped, and why.
@@ -93,11 +96,11 @@ pub(super) enum Event {
 pub struct Drops {
     /// Not IP, a fragment, or damaged.
     pub malformed: u64,
-    /// Not for one of our addresses.
+    /// Not for one of our addresses or subnets.
     pub misaddressed: u64,
     /// A SYN beyond the bounds on connections, handshakes or parked requests.
     pub connections: u64,
-    /// A datagram for a full socket queue, or with nobody to take it.
+    /// A datagram for a full socket queue, or with nobody to take it; an echo request likewise.
     pub datagrams: u64,
 }
 
@@ -253,8 +256,9 @@ impl Stack {
             joined: Vec::with_capacity(LONGEST),
             config,
         };
-        let addresses = stack.config.addresses.clone();
+        let (addresses, subnets) = (stack.config.addresses.clone(), stack.config.subnets.clone());
         stack.set_addresses(&addresses);
+        stack.set_subnets(now, &subnets);
         stack
     }
 
@@ -287,8 +291,28 @@ impl Stack {
                 IpAddr::V6(v6) => routes.add_default_ipv6_route(*v6),
             };
         }
+        self.end_strangers();
+    }
+
+    /// Replaces the prefixes that we take packets for without having their addresses.
+    pub(super) fn set_subnets(&mut self, now: Instant, subnets: &[IpNet]) {
+        self.config.subnets = subnets.to_vec();
+        self.end_strangers();
+        self.flush(now);
+        // Who gets what is decided here, before smoltcp sees it.
+        self.iface.set_any_ip(!subnets.is_empty());
+    }
+
+    /// Whether packets for `address` are for somebody behind us.
+    fn is_behind_us(&self, address: IpAddr) -> bool {
+        !self.addresses.contains(&address) && self.config.subnets.iter().any(|subnet| subnet.contains(&address))
+    }
+
+    /// Ends connections from addresses that are not ours any more.
+    fn end_strangers(&mut self) {
+        let is_known = |address| self.addresses.contains(&address) || self.is_behind_us(address);
         let lost: Vec<ConnId> =
-            self.conns.iter().filter(|(_, c)| !own.contains(&c.flow.local.ip())).map(|(id, _)| *id).collect();
+            self.conns.iter().filter(|(_, c)| !is_known(c.flow.local.ip())).map(|(id, _)| *id).collect();
         for id in lost {
             if let Some(conn) = self.conns.get_mut(&id) {
                 conn.socket().abort();
@@ -357,13 +381,21 @@ impl Stack {
             self.drops.malformed += 1;
             return;
         };
-        if !self.addresses.contains(&parsed.destination()) {
+        let behind_us = self.is_behind_us(parsed.destination());
+        if !behind_us && !self.addresses.contains(&parsed.destination()) {
             self.drops.misaddressed += 1;
             return;
         }
         match parsed {
             Parsed::Tcp { flow, opens, ack } => self.handle_segment(now, flow, opens, ack, Arrival { packet, count }),
             Parsed::Udp { flow, payload } => self.handle_datagram(now, flow, payload, packet),
+            Parsed::Other { echo, .. } if behind_us => match echo {
+                Some(message) if self.events.len() < MAX_EVENTS => {
+                    let packet = packet.get(..message.end).unwrap_or_default().to_vec();
+                    self.events.push_back(Event::Echo { packet, message });
+                }
+                _ => self.drops.datagrams += 1,
+            },
             Parsed::Other { .. } => self.feed(now, None, Arrival::one(packet)),
         }
     }
@@ -402,12 +434,13 @@ impl Stack {
             self.feed(now, None, arrival);
             return;
         }
-        if let Some(bind) = self.listener_for(flow.local) {
+        let behind_us = self.is_behind_us(flow.local.ip());
+        if let Some(bind) = self.listener_for(flow.local).filter(|_| !behind_us) {
             let full = self.listeners.get(&bind).is_none_or(|l| l.queue.len() >= l.backlog);
             if full || !self.open_passive(now, flow, Origin::Listener(bind), arrival.packet) {
                 self.drops.connections += 1;
             }
-        } else if self.falls_back(flow.local.ip()) {
+        } else if behind_us || self.falls_back(flow.local.ip()) {
             if self.parked.contains_key(&flow) {
                 return;
             }
@@ -439,7 +472,8 @@ impl Stack {
 
     fn handle_datagram(&mut self, now: Instant, flow: Flow, payload: std::ops::Range<usize>, packet: &[u8]) {
         let bound = [Bind::exactly(flow.local), Bind::port(flow.local.port())];
-        if let Some(id) = bound.iter().find_map(|bind| self.udp_ports.get(bind)) {
+        let behind_us = self.is_behind_us(flow.local.ip());
+        if let Some(id) = bound.iter().find_map(|bind| self.udp_ports.get(bind)).filter(|_| !behind_us) {
             let Some(socket) = self.udp.get_mut(id) else { return };
             let room = socket.queue.len() < self.config.udp_queue;
             match packet.get(payload) {
@@ -451,7 +485,7 @@ impl Stack {
                 }
                 _ => self.drops.datagrams += 1,
             }
-        } else if self.falls_back(flow.local.ip()) {
+        } else if behind_us || self.falls_back(flow.local.ip()) {
             if self.events.len() >= MAX_EVENTS {
                 self.drops.datagrams += 1;
                 return;

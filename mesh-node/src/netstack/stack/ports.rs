@@ -122,6 +122,16 @@ impl Stack {
         Ok(())
     }
 
+    /// Answers an echo request in the name of its destination.
+    pub(in crate::netstack) fn answer_echo(&mut self, mut packet: Vec<u8>, message: usize) {
+        if self.phy.has_room() {
+            packet::echo_reply(&mut packet, message);
+            self.phy.push(Parcel::whole(packet));
+        } else {
+            self.drops.datagrams += 1;
+        }
+    }
+
     /// The next datagram.
     pub(in crate::netstack) fn poll_recv_udp(
         &mut self,

@@ -11,6 +11,8 @@ use super::*;
 use crate::netstack::Bind;
 
 const OURS: [&str; 2] = ["100.64.0.1", "fd7a:115c:a1e0::1"];
+/// Somebody behind us.
+const BEHIND: &str = "100.64.0.3";
 const THEIRS: [&str; 2] = ["100.64.0.2", "fd7a:115c:a1e0::2"];
 
 #[expect(clippy::disallowed_methods, reason = "a point to count from")]
@@ -21,6 +23,7 @@ fn start() -> Instant {
 fn stack(now: Instant) -> Stack {
     let mut config = Config::with_addresses(OURS.map(|address| address.parse().unwrap()));
     config.fallback = true;
+    config.subnets = vec!["100.64.0.0/29".parse().unwrap()];
     (config.receive_buffer, config.send_buffer) = (4096, 4096);
     let mut stack = Stack::new(now, config, [7; 32]);
     stack.listen(Bind::port(80), 4).unwrap();
@@ -46,6 +49,7 @@ fn packets_of(stack: &mut Stack) -> Vec<Vec<u8>> {
 #[derive(Clone, Debug)]
 struct Made {
     v6: bool,
+    behind: bool,
     protocol: u8,
     ports: (u16, u16),
     body: Vec<u8>,
@@ -55,7 +59,8 @@ fn made() -> impl Strategy<Value = Made> {
     let ports = (prop_oneof![Just(4000_u16), Just(4001)], prop_oneof![Just(80_u16), Just(53), Just(22)]);
     let protocol = prop_oneof![4 => Just(6_u8), 1 => Just(17), 1 => Just(1), 1 => Just(58), 1 => any::<u8>()];
     let body = proptest::collection::vec(any::<u8>(), 0..80);
-    (any::<bool>(), protocol, ports, body).prop_map(|(v6, protocol, ports, body)| Made { v6, protocol, ports, body })
+    let fields = (any::<bool>(), any::<bool>(), protocol, ports, body);
+    fields.prop_map(|(v6, behind, protocol, ports, body)| Made { v6, behind, protocol, ports, body })
 }
 
 impl Made {
@@ -63,7 +68,8 @@ impl Made {
     fn packet(&self, acknowledges: Option<u32>) -> Vec<u8> {
         let family = usize::from(self.v6);
         let source: IpAddress = THEIRS[family].parse().unwrap();
-        let destination: IpAddress = OURS[family].parse().unwrap();
+        let ours = if self.behind && !self.v6 { BEHIND } else { OURS[family] };
+        let destination: IpAddress = ours.parse().unwrap();
         let ip = IpRepr::new(source, destination, IpProtocol::from(self.protocol), self.body.len(), 64);
         let mut packet = vec![0; ip.header_len() + self.body.len()];
         ip.emit(&mut packet[..], &ChecksumCapabilities::default());
@@ -108,6 +114,7 @@ proptest! {
                     }
                     Event::TcpRequest(flow) => stack.refuse_tcp(now, flow),
                     Event::UdpDatagram { packet, .. } => stack.refuse_packet(now, &packet),
+                    Event::Echo { packet, message } => stack.answer_echo(packet, message.start),
                 }
             }
             if let Poll::Ready(Ok((id, _))) = stack.poll_accept(Bind::port(80), Waker::noop()) {
@@ -137,7 +144,7 @@ fn half_open_connections_are_bounded_and_expire() {
     let syn = |port: u16| {
         let mut body = vec![0; 20];
         (body[12], body[13]) = (0x50, 2);
-        Made { v6: false, protocol: 6, ports: (port, 80), body }.packet(None)
+        Made { v6: false, behind: false, protocol: 6, ports: (port, 80), body }.packet(None)
     };
     for port in 1..=300 {
         stack.handle_packet(now, &syn(port));
