@@ -50,6 +50,7 @@ use crate::path::{Family, Path, SocketId};
 use crate::timer::TimerTable;
 
 mod incoming;
+mod length;
 mod peer;
 mod search;
 mod types;
@@ -65,6 +66,7 @@ enum Timer {
     Probe(TxId),
     UserPing(PingId),
     Endpoints,
+    Mtu(NodePublic),
 }
 
 /// A user's ping under way.
@@ -88,6 +90,8 @@ pub struct Agent {
     rng: StdRng,
     timing: Timing,
     mode: Mode,
+    /// The longest datagram of data; none if lengths are not probed.
+    wanted: Option<usize>,
     /// The latest time that was passed in.
     now: Instant,
     sockets: Vec<(SocketId, Family)>,
@@ -128,6 +132,7 @@ impl Agent {
             rng: StdRng::from_seed(seed),
             timing: Timing::default(),
             mode: Mode::Auto,
+            wanted: None,
             now,
             sockets: Vec::new(),
             endpoints: Vec::new(),
@@ -205,7 +210,7 @@ impl Agent {
             self.timers.clear(Timer::UserPing(id));
             self.events.push_back(Event::PingFailed { id, peer: *node });
         }
-        for timer in [Timer::Heartbeat(*node), Timer::Retry(*node), Timer::Trust(*node)] {
+        for timer in [Timer::Heartbeat(*node), Timer::Retry(*node), Timer::Trust(*node), Timer::Mtu(*node)] {
             self.timers.clear(timer);
         }
     }
@@ -318,6 +323,8 @@ impl Agent {
         self.arm_endpoints();
         if searching {
             self.search(*peer, search::Urgency::Routine);
+        } else if self.wanted.is_some() {
+            self.timers.set_if_absent(Timer::Mtu(*peer), now);
         }
     }
 
@@ -327,6 +334,8 @@ impl Agent {
         self.tick(now);
         if self.mode != Mode::Relay && !self.timers.is_set(Timer::Retry(*peer)) {
             self.check_best(*peer);
+            // Long datagrams may be what gets lost, and pings are short.
+            self.check_length(*peer);
         }
     }
 
@@ -363,6 +372,22 @@ impl Agent {
         id
     }
 
+    /// The longest datagram of data that will be sent, in bytes. Direct paths in use are probed whether they carry it, and
+    /// [`Event::LimitChanged`] tells of those that do not. Without it, nothing is probed.
+    pub fn set_wanted_length(&mut self, now: Instant, wanted: Option<usize>) {
+        self.tick(now);
+        if wanted == self.wanted {
+            return;
+        }
+        self.wanted = wanted;
+        for peer in self.peers.values_mut() {
+            peer.candidates.values_mut().for_each(|candidate| candidate.limit = None);
+        }
+        for node in self.peers.keys().copied().collect::<Vec<_>>() {
+            self.length_of_another_path(node);
+        }
+    }
+
     // Inputs
 
     /// Does whatever is due at `now`. Calling early, late or twice is harmless.
@@ -382,6 +407,7 @@ impl Agent {
                     }
                 }
                 Timer::Endpoints => self.endpoints_due(),
+                Timer::Mtu(node) => self.length_due(node),
             }
         }
     }
@@ -491,7 +517,9 @@ impl Agent {
             peer.best = best;
             peer.retries = 0;
             self.timers.clear(Timer::Retry(node));
+            self.length_of_another_path(node);
         }
+        let Some(peer) = self.peers.get_mut(&node) else { return };
         match best.and_then(|target| peer.candidates.get(&target)?.proven) {
             Some(proven) => self.timers.set(Timer::Trust(node), proven + trust),
             None => self.timers.clear(Timer::Trust(node)),
@@ -509,5 +537,6 @@ impl Agent {
             peer.since = now;
             self.events.push_back(Event::PathChanged { peer: node, path });
         }
+        self.tell_limit(node);
     }
 }

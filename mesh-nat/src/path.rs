@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use mesh_derp::map::RegionId;
 
 pub(crate) mod candidate;
+pub(crate) mod mtu;
 pub(crate) mod probe;
 pub mod score;
 pub(crate) mod select;

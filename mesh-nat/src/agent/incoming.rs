@@ -155,6 +155,9 @@ impl Agent {
             peer.retries = 0;
             self.timers.clear(Timer::Retry(probe.peer));
         }
+        if let Some(length) = probe.length {
+            self.length_passes(probe.peer, target, length);
+        }
         self.map(probe.peer, target);
         self.reselect(probe.peer);
         Ok(())

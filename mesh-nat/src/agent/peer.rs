@@ -8,6 +8,7 @@ use mesh_noise::key::{DiscoPublic, SharedBox};
 
 use super::{Counters, Mode, Timing};
 use crate::path::candidate::{Candidates, Target, usable};
+use crate::path::mtu::MtuSearch;
 use crate::path::probe::Budget;
 use crate::path::{Family, Path, SocketId};
 
@@ -39,6 +40,10 @@ pub(super) struct Peer {
     pub(super) budget: Budget,
     /// Repetitions of the current heartbeat.
     pub(super) retries: u8,
+    /// The search for the limit of the direct path under way.
+    pub(super) mtu: Option<MtuSearch>,
+    /// The limit that the caller knows of.
+    pub(super) told_limit: Option<usize>,
 }
 
 impl Peer {
@@ -58,6 +63,8 @@ impl Peer {
             called: None,
             budget: Budget::full(now),
             retries: 0,
+            mtu: None,
+            told_limit: None,
         }
     }
 

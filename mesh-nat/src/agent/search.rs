@@ -20,6 +20,11 @@ const MAX_CALL: usize = 64;
 /// Between two requests for our own addresses.
 const ENDPOINTS_ASK: Duration = Duration::from_secs(5);
 
+/// What makes a ping so long, or as long as it can be.
+fn padding(size: usize) -> usize {
+    size.min(MAX_PING).saturating_sub(seal::OVERHEAD + PING_LEN)
+}
+
 /// Why a search is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Urgency {
@@ -80,10 +85,20 @@ impl Agent {
         let mut tx = [0; 12];
         self.rng.fill_bytes(&mut tx);
         let tx = TxId(tx);
-        self.probes.insert(tx, Probe { peer: node, path, sent: now, user });
+        self.probes.insert(tx, Probe { peer: node, path, sent: now, user, length: None });
         self.timers.set(Timer::Probe(tx), now + self.timing.ping_timeout);
-        let padding = size.min(MAX_PING).saturating_sub(seal::OVERHEAD + PING_LEN);
-        self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding }));
+        self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding: padding(size) }));
+    }
+
+    /// Asks whether a datagram of `length` bytes arrives. No answer says nothing else about the path.
+    pub(super) fn send_length_probe(&mut self, node: NodePublic, target: Target, length: usize) {
+        let (now, path) = (self.now, Path::from(target));
+        let mut tx = [0; 12];
+        self.rng.fill_bytes(&mut tx);
+        let tx = TxId(tx);
+        self.probes.insert(tx, Probe { peer: node, path, sent: now, user: None, length: Some(length) });
+        self.timers.set(Timer::Probe(tx), now + self.timing.ping_timeout);
+        self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding: padding(length) }));
     }
 
     /// Asks the peer, through its relay, to ping all our addresses.

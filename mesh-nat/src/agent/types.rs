@@ -44,6 +44,12 @@ pub struct Timing {
     pub retry: Duration,
     /// Repetitions before a silent path is given up. 3.
     pub retries: u8,
+    /// Between two looks whether a path still carries the wanted length, while there is traffic. 15 s.
+    pub mtu_confirm: Duration,
+    /// Between two looks whether a path that carries less has grown wider. 60 s.
+    pub mtu_raise: Duration,
+    /// The least wait for the answers to padded pings. 200 ms.
+    pub mtu_round: Duration,
 }
 
 impl Default for Timing {
@@ -59,6 +65,9 @@ impl Default for Timing {
             endpoints_fresh: Duration::from_secs(27),
             retry: Duration::from_millis(400),
             retries: 3,
+            mtu_confirm: Duration::from_secs(15),
+            mtu_raise: Duration::from_secs(60),
+            mtu_round: Duration::from_millis(200),
         }
     }
 }
@@ -124,6 +133,13 @@ pub enum Event {
         peer: NodePublic,
         /// The way.
         path: Option<Path>,
+    },
+    /// The path to the peer carries datagrams of so many bytes at most.
+    LimitChanged {
+        /// The peer.
+        peer: NodePublic,
+        /// Bytes of UDP payload; none if all that are wanted pass, as through a relay.
+        limit: Option<usize>,
     },
     /// A user ping was answered.
     PingAnswered {

@@ -41,6 +41,8 @@ pub(crate) struct Candidate {
     pub(crate) round_trip: Option<RoundTrip>,
     /// Our address as the peer saw it there.
     pub(crate) observed: Option<SocketAddr>,
+    /// The longest datagram that arrives, if that is less than is wanted.
+    pub(crate) limit: Option<usize>,
 }
 
 impl Candidate {

@@ -15,6 +15,8 @@ pub(crate) struct Probe {
     pub(crate) sent: Instant,
     /// The user's ping that this one serves.
     pub(crate) user: Option<PingId>,
+    /// Its length in bytes, if it asks whether that passes.
+    pub(crate) length: Option<usize>,
 }
 
 /// Smoothed round trip and its variation (RFC 6298 §2).
