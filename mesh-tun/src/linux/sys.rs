@@ -157,6 +157,30 @@ pub(super) fn set_udp_gro(fd: BorrowedFd<'_>, on: bool) -> io::Result<()> {
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Sends with "don't fragment", up to the MTU of the interface whatever the path is thought to carry
+/// (`IP_PMTUDISC_PROBE`): longer datagrams are refused with `EMSGSIZE`, and none is fragmented.
+pub(super) fn set_dont_fragment(fd: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+    let options: &[_] = if v6 {
+        &[
+            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE),
+            (libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, 1),
+        ]
+    } else {
+        &[(libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)]
+    };
+    for (level, option, value) in options {
+        // SAFETY: the options' values are ints, and the pointer and length given are those of one that outlives the call.
+        let outcome = unsafe {
+            let value = std::ptr::from_ref::<libc::c_int>(value).cast();
+            libc::setsockopt(fd.as_raw_fd(), *level, *option, value, socklen::<libc::c_int>())
+        };
+        if outcome != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// Sends without UDP checksums: the kernel then refuses to segment, as drivers may.
 #[cfg(test)]
 pub(super) fn set_no_check(fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -93,6 +93,10 @@ pub struct Config {
     pub segmentation: Segmentation,
     /// Whether the kernel joins what is received (`UDP_GRO`), where it can; default true.
     pub gather: bool,
+    /// Whether datagrams must arrive in one piece; default false, which lets the system fragment them to what it has
+    /// learnt about the path. True suits those who find out lengths themselves: what is longer than the interface's MTU is
+    /// refused, and what is longer than the path's is lost.
+    pub dont_fragment: bool,
 }
 
 impl Default for Config {
@@ -105,6 +109,7 @@ impl Default for Config {
             datagram_size: 2048,
             segmentation: Segmentation::of_this_kernel(),
             gather: true,
+            dont_fragment: false,
         }
     }
 }
@@ -186,6 +191,9 @@ impl UdpBatch {
                 socket.set_only_v6(true)?;
             }
             socket.set_nonblocking(true)?;
+            if config.dont_fragment {
+                sys::set_dont_fragment(socket.as_fd(), address.is_ipv6())?;
+            }
             socket.bind(&address.into())?;
             socket.local_addr()?.as_socket().ok_or_else(|| io::Error::other("the socket has no IP address"))
         };
@@ -311,7 +319,21 @@ impl UdpBatch {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if runs.is_refused(&error) => {
-                    self.segmentation.store(Segmentation::Off as u8, Ordering::Relaxed);
+                    // The kernel says the same of datagrams that are too long for the interface: one alone tells.
+                    let alone = Runs { segmentation: Segmentation::Off, ..runs.clone() }.take(1);
+                    match sys::sendmmsg(self.socket.as_fd(), alone.map(|run| run.message(batch))) {
+                        Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                            let count = runs.clone().next().map_or(1, |run| run.datagrams.len());
+                            outcome.failed += count;
+                            rest = &rest[count..];
+                        }
+                        other => {
+                            self.segmentation.store(Segmentation::Off as u8, Ordering::Relaxed);
+                            let count = usize::from(other.is_ok());
+                            outcome.sent += count;
+                            rest = &rest[count..];
+                        }
+                    }
                 }
                 Err(_) => {
                     let count = runs.clone().next().map_or(1, |run| run.datagrams.len());
