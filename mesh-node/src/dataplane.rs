@@ -48,6 +48,7 @@ use mesh_tun::linux::udp::UdpBatch;
 use tokio::sync::mpsc;
 
 mod counters;
+mod fit;
 mod peer;
 mod receive;
 mod sessions;
@@ -310,6 +311,20 @@ impl Dataplane {
     #[must_use]
     pub fn path(&self, key: &NodePublic) -> Option<Path> {
         self.shared.peer(key)?.path()
+    }
+
+    /// The longest packet that arrives at a peer, in bytes; none for whatever the device sends. Longer ones are answered
+    /// with "too big", and TCP agrees on segments that fit.
+    pub fn set_limit(&self, key: &NodePublic, limit: Option<usize>) {
+        if let Some(cell) = self.shared.peer(key) {
+            cell.set_limit(limit);
+        }
+    }
+
+    /// The largest packet that the device has, in bytes.
+    #[must_use]
+    pub fn device_mtu(&self) -> usize {
+        self.shared.device.mtu()
     }
 
     /// What was sent to and received from a peer, by kind of path.

@@ -57,6 +57,9 @@ const ACTIVITY_INTERVAL: Duration = Duration::from_secs(1);
 /// How soon a handshake is tried again with a peer that its relay does not know.
 const NOT_AT_RELAY: Duration = Duration::from_millis(300);
 
+/// What sealing adds to a packet.
+const SEALED: usize = wireguard::HEADER_LEN + wireguard::TAG_LEN;
+
 #[derive(Debug)]
 struct Peer {
     view: PeerView,
@@ -320,6 +323,12 @@ impl Engine {
             self.netcheck.forget_names();
             self.start_measuring(now, Scope::Full);
         }
+        self.settle(now);
+    }
+
+    /// The device's largest packet has so many bytes: paths are probed whether they carry it.
+    pub fn set_device_mtu(&mut self, now: Instant, mtu: usize) {
+        self.agent.set_wanted_length(now, Some(mtu + SEALED));
         self.settle(now);
     }
 

@@ -19,6 +19,8 @@ pub enum DropReason {
     NoPath,
     /// Outgoing: the path's socket is gone, or the path's kind is not supported.
     NoSocket,
+    /// Outgoing: longer than the way to the peer carries; the sender is told.
+    TooLong,
     /// Outgoing: the system refused the datagram.
     SendFailed,
     /// Outgoing: the socket's buffer stayed full.
@@ -50,12 +52,13 @@ pub enum DropReason {
 }
 
 impl DropReason {
-    const ALL: [Self; 19] = [
+    const ALL: [Self; 20] = [
         Self::Malformed,
         Self::NoPeer,
         Self::NoSession,
         Self::NoPath,
         Self::NoSocket,
+        Self::TooLong,
         Self::SendFailed,
         Self::SendBufferFull,
         Self::RelayFull,
@@ -113,6 +116,6 @@ mod tests {
         counters.add(DropReason::Malformed, 0);
         let read = counters.read();
         assert_eq!(read.len(), DropReason::ALL.len());
-        assert_eq!(read.into_values().collect::<Vec<_>>(), (1..=19).collect::<Vec<_>>());
+        assert_eq!(read.into_values().collect::<Vec<_>>(), (1..=20).collect::<Vec<_>>());
     }
 }

@@ -1,7 +1,7 @@
 //! What the threads know of one peer: the session to send on, the path, what is parked, counters.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
@@ -44,6 +44,8 @@ pub(super) struct PeerCell {
     path: ArcSwapOption<Path>,
     seen: ArcSwapOption<Path>,
     jailed: AtomicBool,
+    /// The longest packet that arrives there.
+    limit: AtomicUsize,
     parked: Mutex<Parked>,
     direct: TrafficCounters,
     relay: TrafficCounters,
@@ -73,6 +75,7 @@ impl PeerCell {
             path: ArcSwapOption::empty(),
             seen: ArcSwapOption::empty(),
             jailed: AtomicBool::new(false),
+            limit: AtomicUsize::new(usize::MAX),
             parked: Mutex::default(),
             direct: TrafficCounters::default(),
             relay: TrafficCounters::default(),
@@ -89,6 +92,15 @@ impl PeerCell {
 
     pub(super) fn set_standing(&self, standing: Standing) {
         self.jailed.store(standing == Standing::Jailed, Ordering::Relaxed);
+    }
+
+    /// The longest packet that arrives there; `usize::MAX` if that is not limited.
+    pub(super) fn limit(&self) -> usize {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_limit(&self, limit: Option<usize>) {
+        self.limit.store(limit.unwrap_or(usize::MAX), Ordering::Relaxed);
     }
 
     pub(super) fn path(&self) -> Option<Path> {

@@ -14,6 +14,7 @@ use mesh_noise::wireguard::message::{self, MessageKind};
 use mesh_tun::batch::Batch;
 use mesh_tun::filter::Verdict;
 use mesh_tun::linux::udp::UdpBatch;
+use mesh_tun::mtu;
 use mesh_tun::packet::{self, Packet, Protocol};
 
 use super::sessions::SessionCell;
@@ -266,6 +267,10 @@ impl<'a> Opener<'a> {
             match outcome {
                 Ok(len) => {
                     batch.narrow(index, 0..len);
+                    if peer.limit() != usize::MAX {
+                        // What we answer must fit as well.
+                        mtu::clamp_mss(batch.packet_mut(index), peer.limit());
+                    }
                     passed += 1;
                 }
                 Err(reason) => {

@@ -10,8 +10,10 @@ use mesh_noise::wireguard::{HEADER_LEN, Session, padded_len};
 use mesh_tun::batch::Batch;
 use mesh_tun::filter::Filter;
 use mesh_tun::linux::udp::{Outgoing, UdpBatch};
+use mesh_tun::mtu;
 use mesh_tun::packet::{self, Packet, Transport};
 
+use super::fit::Fit;
 use super::peer::PeerCell;
 use super::{DropReason, IDLE, Notice, NumberedSocket, Shared};
 
@@ -36,6 +38,11 @@ pub(super) fn release(shared: &Shared, peer: &Arc<PeerCell>, session: &Arc<Sessi
     let mut transmitter = Transmitter::new(shared, parked.drain());
     let count = transmitter.batch.len();
     if count > 0 {
+        if peer.limit() != usize::MAX {
+            for index in 0..count {
+                mtu::clamp_mss(transmitter.batch.packet_mut(index), peer.limit());
+            }
+        }
         if let Some(first) = session.reserve(count as u64) {
             transmitter.send_run(peer, session, first, 0..count, shared.now_ms());
             transmitter.flush();
@@ -55,13 +62,14 @@ struct Transmitter<'a> {
     no_sockets: Arc<Vec<NumberedSocket>>,
     /// By position in `sockets`.
     outgoing: Vec<Vec<Outgoing>>,
+    fit: Fit,
 }
 
 impl<'a> Transmitter<'a> {
     fn new(shared: &'a Shared, batch: Batch) -> Self {
         let sockets = shared.sockets.load();
         let outgoing = sockets.iter().map(|_| Vec::with_capacity(batch.capacity())).collect();
-        Self { shared, batch, sockets, no_sockets: Arc::default(), outgoing }
+        Self { shared, batch, sockets, no_sockets: Arc::default(), outgoing, fit: Fit::default() }
     }
 
     /// One batch.
@@ -101,7 +109,14 @@ impl<'a> Transmitter<'a> {
                 packet::destination(self.batch.packet(index)) == destination
                     || matches!(route(&self.batch, index), Ok(next) if Arc::ptr_eq(next, peer))
             };
-            let end = (start + 1..count).find(|index| !same(*index)).unwrap_or(count);
+            let mut end = (start + 1..count).find(|index| !same(*index)).unwrap_or(count);
+            let limit = peer.limit();
+            if limit != usize::MAX {
+                end = self.fit.limit(self.shared, &mut self.batch, start..end, limit, now_ms);
+                if end == start {
+                    continue;
+                }
+            }
             self.note_flows(&filter, start..end, now_ms);
             if let Some((session, first)) = peer.reserve(end - start).or_else(|| self.park(peer, start..end)) {
                 self.send_run(peer, &session, first, start..end, now_ms);
@@ -145,10 +160,10 @@ impl<'a> Transmitter<'a> {
             drops.add(DropReason::NoPath, count);
             return;
         };
-        let (mut bytes, mtu) = (0, self.shared.device.mtu());
+        let (mut bytes, limit) = (0, self.shared.device.mtu().min(peer.limit()));
         for (index, counter) in run.clone().zip(first..) {
             let len = self.batch.packet(index).len();
-            let padded = padded_len(len, mtu);
+            let padded = padded_len(len, limit);
             let sealed = session.seal_padded(counter, self.batch.with_room(index, HEADER_LEN), len, padded);
             self.batch.grow(index, HEADER_LEN, sealed);
             bytes += sealed;

@@ -70,6 +70,8 @@ impl Sockets {
 
 fn bind(mut config: Config) -> Result<Arc<UdpBatch>, Error> {
     config.mark = Some(BYPASS_MARK);
+    // Path discovery finds out what arrives.
+    config.dont_fragment = true;
     UdpBatch::bind(&config).map_err(Error::Tun)
 }
 

@@ -73,6 +73,7 @@ impl Plane {
                 self.peers.remove(&peer);
                 self.dataplane.remove_peer(&peer);
             }
+            Command::SetLimit(peer, limit) => self.dataplane.set_limit(&peer, limit),
             Command::SetPath(peer, path) => self.dataplane.set_path(&peer, path),
             Command::OpenSession(session) => self.dataplane.session_opened(&session),
             Command::UseSession(session) => self.dataplane.session_ready(&session),

@@ -117,6 +117,7 @@ impl Session {
                 timing: driver.fixed.timing.clone(),
             },
         );
+        engine.set_device_mtu(now, driver.plane.dataplane().device_mtu());
         engine.set_local(now, driver.host.local(driver.fixed.loopback_endpoints), &driver.host.sockets.ids());
         let (events, relay_events) = mpsc::channel(RELAY_QUEUE);
         let (job_sender, jobs) = mpsc::channel(JOB_QUEUE);
@@ -413,6 +414,7 @@ impl Session {
             Command::SetPeers(_)
             | Command::RemovePeer(_)
             | Command::SetPath(..)
+            | Command::SetLimit(..)
             | Command::OpenSession(_)
             | Command::UseSession(_)
             | Command::CloseSession(..)

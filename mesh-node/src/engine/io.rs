@@ -86,6 +86,8 @@ pub enum Command {
     RemovePeer(NodePublic),
     /// Data plane: packets to the peer go this way.
     SetPath(NodePublic, Option<Path>),
+    /// Data plane: packets of so many bytes at most arrive at the peer; none if the device sets the only limit.
+    SetLimit(NodePublic, Option<usize>),
     /// Data plane: packets of this session may arrive.
     OpenSession(Arc<Session>),
     /// Data plane: packets to the session's peer are sealed with this one.

@@ -7,7 +7,7 @@ use mesh_nat::{Path, agent, report};
 use mesh_noise::key::NodePublic;
 use mesh_noise::wireguard;
 
-use super::{ACTIVITY_INTERVAL, Command, Engine, Event, Hop, Transmit};
+use super::{ACTIVITY_INTERVAL, Command, Engine, Event, Hop, SEALED, Transmit};
 
 impl Engine {
     /// Empties the inner cores after any input, then brings what depends on them up to date.
@@ -63,6 +63,10 @@ impl Engine {
                 agent::Event::NeedEndpoints => self.start_measuring(now, Scope::Auto),
                 agent::Event::PathChanged { peer, .. } => {
                     self.moved.insert(peer);
+                }
+                agent::Event::LimitChanged { peer, limit } => {
+                    let limit = limit.map(|datagram| datagram.saturating_sub(SEALED));
+                    self.commands.push_back(Command::SetLimit(peer, limit));
                 }
                 agent::Event::PeerMapped { .. } => {}
                 _ => {}

@@ -212,6 +212,7 @@ impl World {
                 }
                 Command::Announce(announcement) => host.announced = Some(announcement),
                 Command::SetPeers(_)
+                | Command::SetLimit(..)
                 | Command::Configure(_)
                 | Command::Relays(_)
                 | Command::Regions(_)
