@@ -37,6 +37,9 @@ const PER_SOURCE_BURST: u32 = 5;
 /// Addresses remembered at a time. Beyond that, new ones are refused while we are under load.
 const MAX_SOURCES: usize = 4096;
 
+const MAC1: &[u8; 8] = b"mac1----";
+const COOKIE: &[u8; 8] = b"cookie--";
+
 type Mac = [u8; MAC_LEN];
 
 fn mac(key: &[u8], parts: &[&[u8]]) -> Mac {
@@ -61,10 +64,10 @@ fn macs(message: &[u8]) -> (Mac, Mac) {
     (*rest.last_chunk().expect("handshake messages end with two MACs"), *mac2)
 }
 
-/// Puts the MACs on messages to one peer, and remembers its cookie.
+/// Puts the MACs on messages to one peer, and remembers its cookie. The two keys are one hash of the peer's public key
+/// each, so they are made when needed: ten thousand peers at rest should not keep them.
+#[derive(Default)]
 pub(crate) struct Stamper {
-    mac1_key: [u8; 32],
-    cookie_key: [u8; 32],
     last_mac1: Option<Mac>,
     cookie: Option<(Instant, Mac)>,
 }
@@ -87,19 +90,10 @@ impl fmt::Debug for Checker {
 }
 
 impl Stamper {
-    pub(crate) fn new(peer: &NodePublic) -> Self {
-        Self {
-            mac1_key: labelled(b"mac1----", peer),
-            cookie_key: labelled(b"cookie--", peer),
-            last_mac1: None,
-            cookie: None,
-        }
-    }
-
-    /// Fills both MACs of a handshake message.
-    pub(crate) fn stamp(&mut self, now: Instant, message: &mut [u8]) {
+    /// Fills both MACs of a handshake message to `peer`.
+    pub(crate) fn stamp(&mut self, now: Instant, peer: &NodePublic, message: &mut [u8]) {
         let len = message.len();
-        let mac1 = mac(&self.mac1_key, &[signed(message).0]);
+        let mac1 = mac(&labelled(MAC1, peer), &[signed(message).0]);
         message[len - 2 * MAC_LEN..len - MAC_LEN].copy_from_slice(&mac1);
         self.last_mac1 = Some(mac1);
         if let Some((received, cookie)) = self.cookie {
@@ -113,11 +107,11 @@ impl Stamper {
     }
 
     /// Takes the peer's cookie, which is bound to the mac1 of our last message. One reply per message.
-    pub(crate) fn take_reply(&mut self, now: Instant, reply: &CookieReply) -> Result<(), Reject> {
+    pub(crate) fn take_reply(&mut self, now: Instant, peer: &NodePublic, reply: &CookieReply) -> Result<(), Reject> {
         let mac1 = self.last_mac1.ok_or(Reject::Authentication)?;
         let (mut cookie, tag) = (Mac::default(), &reply.sealed[MAC_LEN..]);
         cookie.copy_from_slice(&reply.sealed[..MAC_LEN]);
-        XChaCha20Poly1305::new(&self.cookie_key.into())
+        XChaCha20Poly1305::new(&labelled(COOKIE, peer).into())
             .decrypt_in_place_detached(&reply.nonce.into(), &mac1, &mut cookie, tag.into())
             .map_err(|_| Reject::Authentication)?;
         self.last_mac1 = None;
@@ -173,8 +167,8 @@ pub(crate) struct Checker {
 impl Checker {
     pub(crate) fn new(us: &NodePublic, limit: u32) -> Self {
         Self {
-            mac1_key: labelled(b"mac1----", us),
-            cookie_key: labelled(b"cookie--", us),
+            mac1_key: labelled(MAC1, us),
+            cookie_key: labelled(COOKIE, us),
             secret: None,
             limit,
             recent: None,
@@ -285,10 +279,10 @@ mod tests {
         Some(SocketAddr::from(([192, 0, 2, last], 51820)))
     }
 
-    fn stamped(stamper: &mut Stamper, now: Instant) -> [u8; INITIATION_LEN] {
+    fn stamped(stamper: &mut Stamper, peer: &NodePublic, now: Instant) -> [u8; INITIATION_LEN] {
         let mut message = [1; INITIATION_LEN];
         message[116..].fill(0);
-        stamper.stamp(now, &mut message);
+        stamper.stamp(now, peer, &mut message);
         message
     }
 
@@ -296,38 +290,38 @@ mod tests {
     fn mac1_shows_who_was_meant() {
         let (now, mut rng) = (start(), SeededRng::from_seed([1; 32]));
         let mut checker = Checker::new(&US, 100);
-        let message = stamped(&mut Stamper::new(&US), now);
+        let message = stamped(&mut Stamper::default(), &US, now);
         assert_eq!(checker.check(now, source(1), &message, &mut rng), Ok(()));
-        let message = stamped(&mut Stamper::new(&NodePublic::from_bytes([6; 32])), now);
+        let message = stamped(&mut Stamper::default(), &NodePublic::from_bytes([6; 32]), now);
         assert_eq!(checker.check(now, source(1), &message, &mut rng), Err(Reject::Mac1));
     }
 
     #[test]
     fn under_load_a_cookie_opens_the_door_for_its_address_only() {
         let (now, mut rng) = (start(), SeededRng::from_seed([2; 32]));
-        let (mut checker, mut stamper) = (Checker::new(&US, 1), Stamper::new(&US));
-        let message = stamped(&mut stamper, now);
+        let (mut checker, mut stamper) = (Checker::new(&US, 1), Stamper::default());
+        let message = stamped(&mut stamper, &US, now);
         assert_eq!(checker.check(now, source(1), &message, &mut rng), Ok(()));
         assert_eq!(checker.check(now, source(1), &message, &mut rng), Err(Reject::CookieRequired));
         let reply = checker.reply(now, source(1).unwrap(), &message, 77, &mut rng);
         assert_eq!(reply.receiver, 77);
         let mut forged = reply;
         forged.sealed[3] ^= 1;
-        assert_eq!(stamper.take_reply(now, &forged), Err(Reject::Authentication));
-        assert_eq!(stamper.take_reply(now, &reply), Ok(()));
-        assert_eq!(stamper.take_reply(now, &reply), Err(Reject::Authentication), "one reply a message");
-        let message = stamped(&mut stamper, now);
+        assert_eq!(stamper.take_reply(now, &US, &forged), Err(Reject::Authentication));
+        assert_eq!(stamper.take_reply(now, &US, &reply), Ok(()));
+        assert_eq!(stamper.take_reply(now, &US, &reply), Err(Reject::Authentication), "one reply a message");
+        let message = stamped(&mut stamper, &US, now);
         assert_eq!(checker.check(now, source(1), &message, &mut rng), Ok(()));
         assert_eq!(checker.check(now, source(2), &message, &mut rng), Err(Reject::CookieRequired));
         let later = now + COOKIE_LIFETIME;
-        assert_eq!(macs(&stamped(&mut stamper, later)).1, Mac::default(), "an old cookie is not used");
+        assert_eq!(macs(&stamped(&mut stamper, &US, later)).1, Mac::default(), "an old cookie is not used");
     }
 
     #[test]
     fn under_load_each_address_has_its_share_and_the_table_is_bounded() {
         let (now, mut rng) = (start(), SeededRng::from_seed([3; 32]));
         let mut checker = Checker::new(&US, 1);
-        let message = stamped(&mut Stamper::new(&US), now);
+        let message = stamped(&mut Stamper::default(), &US, now);
         let outcomes: Vec<_> = (0..8).map(|_| checker.check(now, None, &message, &mut rng)).collect();
         assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1 + 5, "{outcomes:?}");
         assert_eq!(outcomes[7], Err(Reject::RateLimited));

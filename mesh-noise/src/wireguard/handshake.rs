@@ -82,7 +82,7 @@ impl InFlight {
     ) -> Result<(Self, [u8; INITIATION_LEN]), NoiseError> {
         let (noise, message) = Initiator::start(&identity.statik, peer, &with.timestamp.to_bytes(), with.ephemeral)?;
         let mut datagram = Initiation { sender: with.index, noise: message }.to_bytes();
-        stamper.stamp(with.now, &mut datagram);
+        stamper.stamp(with.now, peer, &mut datagram);
         Ok((Self { index: with.index, noise }, datagram))
     }
 
@@ -112,9 +112,10 @@ impl Asked {
         index: u32,
         stamper: &mut Stamper,
     ) -> Result<([u8; RESPONSE_LEN], TransportKeys), Reject> {
-        let (noise, keys) = self.noise.respond(psk)?;
-        let mut datagram = Response { sender: index, receiver: self.sender, noise }.to_bytes();
-        stamper.stamp(now, &mut datagram);
+        let Self { peer, sender, noise, .. } = self;
+        let (noise, keys) = noise.respond(psk)?;
+        let mut datagram = Response { sender: index, receiver: sender, noise }.to_bytes();
+        stamper.stamp(now, &peer, &mut datagram);
         Ok((datagram, keys))
     }
 }
@@ -133,10 +134,10 @@ mod tests {
             || Ingredients { now: start(), index: 7, timestamp: Timestamp::from_bytes([1; 12]), ephemeral: [9; 32] };
         for point in [[0; 32], std::array::from_fn(|at| u8::from(at == 0)), ORDER_EIGHT] {
             let nobody = NodePublic::from_bytes(point);
-            let refused = InFlight::start(&us, &nobody, &mut Stamper::new(&nobody), with());
+            let refused = InFlight::start(&us, &nobody, &mut Stamper::default(), with());
             assert_eq!(refused.err(), Some(NoiseError::LowOrder));
 
-            let mut stamper = Stamper::new(them.public());
+            let mut stamper = Stamper::default();
             let (mut in_flight, datagram) = InFlight::start(&us, them.public(), &mut stamper, with()).unwrap();
             let mut initiation = Initiation::parse(&datagram).unwrap();
             let asked = Asked::read(&them, &initiation, [3; 32]).unwrap();
@@ -144,7 +145,7 @@ mod tests {
             assert_eq!(Asked::read(&them, &initiation, [3; 32]).err(), Some(Reject::LowOrder));
 
             let psk = PresharedKey::default();
-            let (answer, _) = asked.answer(start(), &psk, 8, &mut Stamper::new(us.public())).unwrap();
+            let (answer, _) = asked.answer(start(), &psk, 8, &mut Stamper::default()).unwrap();
             let sound = Response::parse(&answer).unwrap();
             let mut response = sound;
             response.noise[..32].copy_from_slice(&point);
@@ -179,7 +180,7 @@ mod tests {
             let asked = Asked::read(&identity, &message, [1; 32]).unwrap();
             assert_eq!(asked.peer.as_bytes()[..], bytes(&recorded["initiator_static_public"]));
             assert_eq!(asked.timestamp.to_bytes()[..], bytes(&recorded["tai64n_hex"]));
-            let mut stamper = Stamper::new(&asked.peer);
+            let mut stamper = Stamper::default();
             assert!(asked.answer(start(), &PresharedKey::default(), 1, &mut stamper).is_ok());
         }
     }

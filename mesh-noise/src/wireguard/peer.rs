@@ -71,7 +71,8 @@ pub(super) struct Peer {
     /// When the persistent keepalive last fired, or was switched on.
     persistent_from: Instant,
     persistent_now: bool,
-    timers: TimerTable,
+    /// The earliest of its timers, which are derived anew whenever something happens.
+    deadline: Option<Instant>,
     /// Where the interface has filed this peer.
     pub(super) scheduled: Option<Instant>,
 }
@@ -82,7 +83,7 @@ impl Peer {
             public,
             preshared: PresharedKey::default(),
             persistent_keepalive: None,
-            stamper: Stamper::new(&public),
+            stamper: Stamper::default(),
             activity: Arc::default(),
             previous: None,
             current: None,
@@ -95,7 +96,7 @@ impl Peer {
             last_handshake: None,
             persistent_from: now,
             persistent_now: false,
-            timers: TimerTable::default(),
+            deadline: None,
             scheduled: None,
         };
         peer.configure(now, config);
@@ -134,7 +135,7 @@ impl Peer {
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.timers.next()
+        self.deadline
     }
 
     // --- Commands
@@ -180,7 +181,7 @@ impl Peer {
         }
         self.abandon(shared);
         self.last_initiation = None;
-        self.timers.clear();
+        self.deadline = None;
     }
 
     // --- Messages
@@ -262,36 +263,39 @@ impl Peer {
 
     /// Takes a cookie, to be used in the next initiation or response.
     pub(super) fn cookie(&mut self, now: Instant, reply: &super::message::CookieReply) -> Result<(), Reject> {
-        self.stamper.take_reply(now, reply)
+        self.stamper.take_reply(now, &self.public, reply)
     }
 
     // --- Timers
 
     /// Does what is due and sets the timers anew. To be called after everything that touches this peer.
     pub(super) fn settle<P: Clone>(&mut self, shared: &mut Shared<P>, now: Instant) {
-        self.arm(shared, now);
-        while let Some(timer) = self.timers.expired(now) {
+        loop {
+            let timers = self.arm(shared, now);
+            let Some(timer) = timers.expired(now) else {
+                self.deadline = timers.next();
+                return;
+            };
             tracing::trace!(peer = ?self.public, ?timer, "timer");
             self.fire(shared, now, timer);
-            self.arm(shared, now);
         }
     }
 
     /// Derives every deadline from the state and the activity words.
-    fn arm<P>(&mut self, shared: &Shared<P>, now: Instant) {
+    fn arm<P>(&self, shared: &Shared<P>, now: Instant) -> TimerTable {
         let (timing, activity) = (&shared.timing, &self.activity);
-        self.timers.clear();
+        let mut timers = TimerTable::default();
         for live in [&self.previous, &self.current, &self.next].into_iter().flatten() {
-            self.timers.set(Timer::SessionEnd, live.created + timing.reject_after);
+            timers.set(Timer::SessionEnd, live.created + timing.reject_after);
         }
         if let Some(attempt) = &self.attempt {
-            self.timers.set(Timer::GiveUp, attempt.wanted + timing.rekey_attempt);
-            self.timers.set(Timer::Retry, attempt.next_try);
+            timers.set(Timer::GiveUp, attempt.wanted + timing.rekey_attempt);
+            timers.set(Timer::Retry, attempt.next_try);
         }
         if let Some(interval) = self.persistent_keepalive {
             let last = shared.instant(activity.last_sent().max(activity.last_received()));
             let base = last.map_or(self.persistent_from, |last| last.max(self.persistent_from));
-            self.timers.set(Timer::PersistentKeepalive, if self.persistent_now { now } else { base + interval });
+            timers.set(Timer::PersistentKeepalive, if self.persistent_now { now } else { base + interval });
         }
 
         let receiving = self.previous.is_some() || self.current.is_some() || self.next.is_some();
@@ -299,7 +303,7 @@ impl Peer {
         activity.wake_on_send(receiving);
         activity.wake_on_receive(receiving);
         if !receiving {
-            return;
+            return timers;
         }
         let mut wake_on_send = false;
         let mut wake_on_receive = false;
@@ -308,22 +312,22 @@ impl Peer {
         // been quiet for a period raises its flag.
         let quiet = |ms: u64, period| shared.instant(ms).is_none_or(|last| last + period <= now);
         match shared.instant(activity.unanswered()) {
-            Some(first) => self.timers.set(Timer::Silence, first + timing.silence()),
+            Some(first) => timers.set(Timer::Silence, first + timing.silence()),
             None if quiet(activity.last_data_sent(), timing.silence()) => wake_on_send = true,
-            None => self.timers.set(Timer::Silence, now + timing.silence()),
+            None => timers.set(Timer::Silence, now + timing.silence()),
         }
         match shared.instant(activity.unacknowledged()) {
-            Some(first) => self.timers.set(Timer::Keepalive, first + timing.keepalive_timeout),
+            Some(first) => timers.set(Timer::Keepalive, first + timing.keepalive_timeout),
             None if quiet(activity.last_data_received(), timing.keepalive_timeout) => wake_on_receive = true,
-            None => self.timers.set(Timer::Keepalive, now + timing.keepalive_timeout),
+            None => timers.set(Timer::Keepalive, now + timing.keepalive_timeout),
         }
         if self.rekey_is_due(shared, now) {
-            self.timers.set(Timer::Rekey, now);
+            timers.set(Timer::Rekey, now);
         } else if let Some(current) = self.rekeyable() {
             let on_send = current.created + timing.rekey_after;
             let on_receive = current.created + timing.rekey_on_receive();
             for (from, wake) in [(on_send, &mut wake_on_send), (on_receive, &mut wake_on_receive)] {
-                if now < from { self.timers.set(Timer::Rekey, from) } else { *wake = true }
+                if now < from { timers.set(Timer::Rekey, from) } else { *wake = true }
             }
         }
         // Worn sessions raise the flag themselves, so it is only ever taken down here when nothing can be missed.
@@ -333,6 +337,7 @@ impl Peer {
         if !wake_on_receive {
             activity.wake_on_receive(false);
         }
+        timers
     }
 
     /// The session whose replacement falls to us, if no handshake is on the way.

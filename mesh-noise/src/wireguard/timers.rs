@@ -91,10 +91,6 @@ const ALL: [Timer; 7] = [
 pub(crate) struct TimerTable([Option<Instant>; ALL.len()]);
 
 impl TimerTable {
-    pub(crate) fn clear(&mut self) {
-        *self = Self::default();
-    }
-
     /// Starts a timer, or brings its deadline forward.
     pub(crate) fn set(&mut self, timer: Timer, at: Instant) {
         let slot = &mut self.0[timer as usize];
