@@ -138,6 +138,11 @@ impl Process {
         String::from_utf8_lossy(&text).into_owned()
     }
 
+    /// The process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits until a printed line begins with `start`.
     pub(crate) fn wait_line(&mut self, start: &str, timeout: Duration) {
         let deadline = Instant::now() + timeout;
