@@ -88,7 +88,8 @@ def print_figures(turns):
     names = list(dict.fromkeys(name for turn in turns for name in turn))
     figures = list(dict.fromkeys(figure for turn in turns for values in turn.values() for figure in values))
     peers = [name for name in names if name not in (OURS, PLAIN, CARRIER)]
-    print(f"\nMedians of {len(turns)} rounds (lowest to highest); the ratio is ours to the best peer's, round by round.\n")
+    rounds = f"Medians of {len(turns)} rounds (lowest to highest)" if len(turns) > 1 else "One round"
+    print(f"\n{rounds}; the ratio is ours to the best peer's, round by round.\n")
     print("| | " + " | ".join(names) + " | ratio |\n" + "|---" * (len(names) + 2) + "|")
     for figure in figures:
         cells = [shown(series(turns, name, figure)) for name in names]
