@@ -164,6 +164,8 @@ fn flow<'scope>(
                     }
                     next = number + 1;
                 }
+                // A process that was stopped and continued finds its calls interrupted.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock && !stop.load(Relaxed) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => panic!("{error}"),

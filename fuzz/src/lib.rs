@@ -59,8 +59,13 @@ fn requests(pieces: &[&[u8]]) -> Vec<Request> {
     let (mut decoder, mut found) = (mesh_noise::wireguard::uapi::Decoder::default(), Vec::new());
     for piece in pieces {
         decoder.push(piece);
-        while let Ok(Some(request)) = decoder.next_request() {
-            found.push(request);
+        loop {
+            match decoder.next_request() {
+                Ok(Some(request)) => found.push(request),
+                Ok(None) => break,
+                // The stream is of no use from here on.
+                Err(_) => return found,
+            }
         }
     }
     found
