@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::batch::Batch;
@@ -42,6 +43,15 @@ pub trait Device: Send + Sync + Debug {
     /// If the device is gone.
     fn refresh(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    /// Further queues of the same device; none by default.
+    ///
+    /// What is read from one queue is not read from another, and all packets of a flow are read from the same one. So
+    /// whoever calls this reads each queue, and the device itself, by a thread of its own. Any queue may be written to.
+    /// They close together.
+    fn queues(&self) -> Vec<Arc<dyn Device>> {
+        Vec::new()
     }
 
     /// Ends the device for all threads: blocked readers wake at once.

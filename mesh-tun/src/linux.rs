@@ -6,6 +6,7 @@ pub mod interfaces;
 pub mod monitor;
 #[cfg(feature = "tokio")]
 pub mod netlink;
+pub mod queues;
 mod sys;
 pub mod tun;
 pub mod udp;

@@ -17,6 +17,9 @@ const AF_INET: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
 #[expect(clippy::cast_possible_truncation, reason = "address families are small numbers")]
 const AF_INET6: libc::sa_family_t = libc::AF_INET6 as libc::sa_family_t;
 
+#[expect(clippy::cast_possible_truncation, reason = "flags of an interface are 16 bits")]
+const DETACH_QUEUE: libc::c_short = libc::IFF_DETACH_QUEUE as libc::c_short;
+
 /// A socket address as the kernel writes it: IPv4 or IPv6, told apart by the family that both begin with.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -197,6 +200,16 @@ pub(super) fn set_no_check(fd: BorrowedFd<'_>) -> io::Result<()> {
 pub(super) fn set_tun_offload(fd: BorrowedFd<'_>, mask: libc::c_uint) -> io::Result<()> {
     // SAFETY: this request takes its argument by value and touches no memory of ours.
     let outcome = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(mask)) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Takes the queue of this descriptor of a TUN device out of use: it can be written to, and nothing is read from it.
+pub(super) fn detach_tun_queue(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `ifreq` is plain data for which zero bytes are valid.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    request.ifr_ifru.ifru_flags = DETACH_QUEUE;
+    // SAFETY: this request reads an `ifreq`, and the pointer given is to one that outlives the call.
+    let outcome = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETQUEUE as _, std::ptr::from_ref(&request)) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

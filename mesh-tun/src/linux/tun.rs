@@ -7,7 +7,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tun_rs::{DeviceBuilder, SyncDevice};
@@ -40,6 +40,9 @@ pub struct Config {
     pub queue_len: u32,
     /// What the kernel and we do in fewer, larger packets; default [`Offload::Full`], and less where it knows less.
     pub offload: Offload,
+    /// Queues to read, 1 to 256; default 1. With more, [`Device::queues`] has the others, and all have to be read. See
+    /// [`super::queues`].
+    pub queues: usize,
 }
 
 /// Which super-packets a TUN device moves.
@@ -72,6 +75,7 @@ impl Default for Config {
             packet_size: None,
             queue_len: DEFAULT_QUEUE_LEN,
             offload: Offload::Full,
+            queues: 1,
         }
     }
 }
@@ -84,21 +88,30 @@ impl Config {
     }
 }
 
-/// An open TUN device; the interface goes away with it.
+/// An open TUN device, or one of its further queues; the interface goes away with the last of them.
 pub struct Tun {
-    device: SyncDevice,
-    closer: Closer,
+    /// Read from.
+    device: Arc<SyncDevice>,
+    /// Written to: the same, or with several queues one for all that is not read.
+    outlet: Arc<SyncDevice>,
+    shared: Arc<Interface>,
     name: String,
     index: u32,
-    mtu: AtomicUsize,
     packet_size: usize,
-    refused: AtomicU64,
     offload: Offload,
-    /// Whether the kernel takes super-packets: some refuse good ones.
-    joins: AtomicBool,
+    queues: Vec<Arc<Self>>,
     /// Each locked once a batch.
     reader: Mutex<Reader>,
     writer: Mutex<Coalescer>,
+}
+
+/// What the queues of a device have in common and may change.
+struct Interface {
+    closer: Closer,
+    mtu: AtomicUsize,
+    refused: AtomicU64,
+    /// Whether the kernel takes super-packets: some refuse good ones.
+    joins: AtomicBool,
 }
 
 /// A super-packet on its way into batches.
@@ -154,7 +167,7 @@ impl Tun {
         let what = || format!("create the TUN device {name}");
         let build = |offload| {
             let builder = DeviceBuilder::new().name(name.as_str()).mtu(config.mtu).tx_queue_len(config.queue_len);
-            builder.offload(offload).enable(false).build_sync()
+            builder.multi_queue(config.queues > 1).offload(offload).enable(false).build_sync()
         };
         let device = match build(config.offload != Offload::Off) {
             Err(error) if config.offload != Offload::Off && error.raw_os_error() == Some(libc::EINVAL) => build(false),
@@ -167,11 +180,15 @@ impl Tun {
         })?;
         let finish = || {
             device.set_nonblocking(true)?;
-            Ok::<_, io::Error>((Closer::new()?, device.name()?, device.if_index()?))
+            let others = (0..config.queues).filter(|_| config.queues > 1).map(|_| {
+                let queue = device.try_clone()?;
+                queue.set_nonblocking(true)?;
+                Ok(Arc::new(queue))
+            });
+            let others = others.collect::<io::Result<Vec<_>>>()?;
+            Ok::<_, io::Error>((others, Closer::new()?, device.name()?, device.if_index()?))
         };
-        let (closer, name, index) = finish().map_err(|error| Error::system(what(), error))?;
-        let mtu = AtomicUsize::new(config.mtu.into());
-        let packet_size = config.packet_size.unwrap_or(config.mtu).max(config.mtu).into();
+        let (mut readers, closer, name, index) = finish().map_err(|error| Error::system(what(), error))?;
         let offload = match device.tcp_gso() {
             true => [Offload::Full, Offload::Tcp].into_iter().find(|offload| {
                 *offload <= config.offload && sys::set_tun_offload(device.as_fd(), offload.mask()).is_ok()
@@ -179,20 +196,39 @@ impl Tun {
             false => None,
         };
         let offload = offload.unwrap_or(Offload::Off);
-        let buffer = vec![0; if device.tcp_gso() { offload::HEADER_LEN + offload::MAX_PACKET } else { 0 }].into();
-        Ok(Self {
-            device,
+        let outlet = Arc::new(device);
+        let first = match readers.pop() {
+            Some(reader) => {
+                // The first one: the others then have the numbers from 0 on.
+                sys::detach_tun_queue(outlet.as_fd()).map_err(|error| Error::system(what(), error))?;
+                reader
+            }
+            None => Arc::clone(&outlet),
+        };
+        let shared = Arc::new(Interface {
             closer,
-            name,
-            index,
-            mtu,
-            packet_size,
+            mtu: AtomicUsize::new(config.mtu.into()),
             refused: AtomicU64::new(0),
-            offload,
             joins: AtomicBool::new(offload != Offload::Off),
-            reader: Mutex::new(Reader { buffer, rest: None }),
-            writer: Mutex::default(),
-        })
+        });
+        let packet_size = config.packet_size.unwrap_or(config.mtu).max(config.mtu).into();
+        let queue = |device: Arc<SyncDevice>, queues| {
+            let buffer = vec![0; if device.tcp_gso() { offload::HEADER_LEN + offload::MAX_PACKET } else { 0 }].into();
+            Self {
+                device,
+                outlet: Arc::clone(&outlet),
+                shared: Arc::clone(&shared),
+                name: name.clone(),
+                index,
+                packet_size,
+                offload,
+                queues,
+                reader: Mutex::new(Reader { buffer, rest: None }),
+                writer: Mutex::default(),
+            }
+        };
+        let others = readers.into_iter().map(|reader| Arc::new(queue(reader, Vec::new()))).collect();
+        Ok(queue(first, others))
     }
 
     /// Which super-packets are moved: what was asked for, or less where the kernel knows less.
@@ -216,7 +252,7 @@ impl Tun {
     /// How many packets the kernel did not take: malformed, or the interface is down.
     #[must_use]
     pub fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+        self.shared.refused.load(Ordering::Relaxed)
     }
 
     /// Reads what is there without waiting.
@@ -228,10 +264,10 @@ impl Tun {
         let mut count = 0;
         // What is left in a reader whose thread panicked is whole all the same.
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
-        while reader.take(batch, &mut count, &self.refused) && !batch.is_full() {
-            match rustix::io::read(&self.device, &mut *reader.buffer) {
+        while reader.take(batch, &mut count, &self.shared.refused) && !batch.is_full() {
+            match rustix::io::read(&*self.device, &mut *reader.buffer) {
                 Ok(0) => break,
-                Ok(len) => reader.begin(len, &self.refused),
+                Ok(len) => reader.begin(len, &self.shared.refused),
                 Err(rustix::io::Errno::AGAIN) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 // EIO: the interface is down for the moment.
@@ -267,7 +303,7 @@ impl Tun {
         let mut coalescer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         coalescer.plan(batch, self.offload == Offload::Full);
         for group in coalescer.groups() {
-            if group.count() == 1 || !self.joins.load(Ordering::Relaxed) {
+            if group.count() == 1 || !self.shared.joins.load(Ordering::Relaxed) {
                 count += self.write_singly(batch, &coalescer, group)?;
                 continue;
             }
@@ -283,7 +319,7 @@ impl Tun {
                 Ok(()) => count += group.count(),
                 Err(rustix::io::Errno::INVAL) => {
                     // Some kernels refuse good super-packets: no more of them, and these as what they were.
-                    self.joins.store(false, Ordering::Relaxed);
+                    self.shared.joins.store(false, Ordering::Relaxed);
                     group.restore(batch, &saved);
                     count += self.write_singly(batch, &coalescer, group)?;
                 }
@@ -306,7 +342,7 @@ impl Tun {
     }
 
     fn write_parts(&self, parts: &[IoSlice<'_>]) -> Result<(), rustix::io::Errno> {
-        rustix::io::retry_on_intr(|| rustix::io::writev(&self.device, parts)).map(drop)
+        rustix::io::retry_on_intr(|| rustix::io::writev(&*self.outlet, parts)).map(drop)
     }
 
     /// Counts packets that the kernel did not take; an error if it will take none ever.
@@ -314,7 +350,7 @@ impl Tun {
         if error == rustix::io::Errno::BADFD {
             return Err(error.into());
         }
-        self.refused.fetch_add(count as u64, Ordering::Relaxed);
+        self.shared.refused.fetch_add(count as u64, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -323,9 +359,9 @@ impl Device for Tun {
     fn read_batch(&self, batch: &mut Batch, timeout: Duration) -> io::Result<usize> {
         let count = self.drain(batch)?;
         if count > 0 || batch.is_full() {
-            return if self.closer.is_closed() { Err(closed()) } else { Ok(count) };
+            return if self.shared.closer.is_closed() { Err(closed()) } else { Ok(count) };
         }
-        match self.closer.readable(self.device.as_fd(), timeout)? {
+        match self.shared.closer.readable(self.device.as_fd(), timeout)? {
             Woken::Closed => Err(closed()),
             Woken::TimedOut => Ok(0),
             Woken::Ready => self.drain(batch),
@@ -338,11 +374,11 @@ impl Device for Tun {
         }
         let mut count = 0;
         for packet in batch.iter().filter(|packet| !packet.is_empty()) {
-            match self.device.send(packet) {
+            match self.outlet.send(packet) {
                 Ok(_) => count += 1,
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Err(error),
                 Err(_) => {
-                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    self.shared.refused.fetch_add(1, Ordering::Relaxed);
                 }
             }
         }
@@ -350,7 +386,7 @@ impl Device for Tun {
     }
 
     fn mtu(&self) -> usize {
-        self.mtu.load(Ordering::Relaxed)
+        self.shared.mtu.load(Ordering::Relaxed)
     }
 
     fn packet_size(&self) -> usize {
@@ -360,12 +396,16 @@ impl Device for Tun {
     /// The MTU counts no further than the packet size.
     fn refresh(&self) -> io::Result<()> {
         let mtu = usize::from(self.device.mtu()?).min(self.packet_size);
-        self.mtu.store(mtu, Ordering::Relaxed);
+        self.shared.mtu.store(mtu, Ordering::Relaxed);
         Ok(())
     }
 
+    fn queues(&self) -> Vec<Arc<dyn Device>> {
+        self.queues.iter().map(|queue| Arc::clone(queue) as Arc<dyn Device>).collect()
+    }
+
     fn close(&self) {
-        self.closer.close();
+        self.shared.closer.close();
     }
 }
 

@@ -97,6 +97,9 @@ pub struct Config {
     /// learnt about the path. True suits those who find out lengths themselves: what is longer than the interface's MTU is
     /// refused, and what is longer than the path's is lost.
     pub dont_fragment: bool,
+    /// Sockets on the one address (`SO_REUSEPORT`), among which the kernel spreads senders; default 1. With more,
+    /// [`UdpBatch::others`] has the rest, and all have to be read. See [`super::queues`].
+    pub sockets: usize,
 }
 
 impl Default for Config {
@@ -110,6 +113,7 @@ impl Default for Config {
             segmentation: Segmentation::of_this_kernel(),
             gather: true,
             dont_fragment: false,
+            sockets: 1,
         }
     }
 }
@@ -134,11 +138,13 @@ impl Config {
     }
 }
 
-/// A bound UDP socket of one address family.
+/// A bound UDP socket of one address family, or the first of several on one address.
 #[derive(Debug)]
 pub struct UdpBatch {
     socket: Socket,
-    closer: Closer,
+    /// The same for all on the address.
+    closer: Arc<Closer>,
+    others: Vec<Arc<Self>>,
     local: SocketAddr,
     marked: bool,
     datagram_size: usize,
@@ -177,11 +183,25 @@ pub struct Outgoing {
 }
 
 impl UdpBatch {
-    /// Makes and binds a socket.
+    /// Makes and binds a socket, or as many as asked for.
     ///
     /// # Errors
     /// [`Error::AddressInUse`] if another socket has the address, [`Error::System`] otherwise.
     pub fn bind(config: &Config) -> Result<Arc<Self>, Error> {
+        let what = |error| Error::system(format!("open a UDP socket on {}", config.bind), error);
+        let closer = Arc::new(Closer::new().map_err(what)?);
+        let mut first = Self::bind_one(config, &closer, false)?;
+        if config.sockets > 1 {
+            // Only now, so that an address that somebody else shares with others of their own was refused.
+            first.socket.set_reuse_port(true).map_err(what)?;
+            let config = Config { bind: first.local, ..config.clone() };
+            let others = (1..config.sockets).map(|_| Self::bind_one(&config, &closer, true).map(Arc::new));
+            first.others = others.collect::<Result<_, _>>()?;
+        }
+        Ok(Arc::new(first))
+    }
+
+    fn bind_one(config: &Config, closer: &Arc<Closer>, reuse_port: bool) -> Result<Self, Error> {
         let address = config.bind;
         let what = || format!("open a UDP socket on {address}");
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))
@@ -194,6 +214,7 @@ impl UdpBatch {
             if config.dont_fragment {
                 sys::set_dont_fragment(socket.as_fd(), address.is_ipv6())?;
             }
+            socket.set_reuse_port(reuse_port)?;
             socket.bind(&address.into())?;
             socket.local_addr()?.as_socket().ok_or_else(|| io::Error::other("the socket has no IP address"))
         };
@@ -212,10 +233,27 @@ impl UdpBatch {
             let _ = sockopt::set_socket_send_buffer_size(&socket, config.send_buffer);
         }
         let marked = config.mark.is_some_and(|mark| socket.set_mark(mark).is_ok());
-        let closer = Closer::new().map_err(|error| Error::system(what(), error))?;
         let gather = config.gather && sys::set_udp_gro(socket.as_fd(), true).is_ok();
         let (segmentation, datagram_size) = (AtomicU8::new(config.segmentation as u8), config.datagram_size);
-        Ok(Arc::new(Self { socket, closer, local, marked, datagram_size, segmentation, gather }))
+        let (closer, others) = (Arc::clone(closer), Vec::new());
+        Ok(Self { socket, closer, others, local, marked, datagram_size, segmentation, gather })
+    }
+
+    /// The other sockets on this address, which close with this one; none unless [`Config::sockets`] asked for them.
+    ///
+    /// All datagrams of one sender arrive at the same socket of the address, as long as there are as many of them.
+    #[must_use]
+    pub fn others(&self) -> &[Arc<Self>] {
+        &self.others
+    }
+
+    /// One of the sockets on this address to send by, this one or another: the same for the same `number`, which may be any.
+    #[must_use]
+    pub fn member(&self, number: usize) -> &Self {
+        match number % (self.others.len() + 1) {
+            0 => self,
+            index => &self.others[index - 1],
+        }
     }
 
     /// The address it is bound to, with the port the system chose.
@@ -229,6 +267,7 @@ impl UdpBatch {
     /// # Errors
     /// What the system says, for want of privilege mostly.
     pub fn set_mark(&self, mark: u32) -> io::Result<()> {
+        self.others.iter().try_for_each(|other| other.set_mark(mark))?;
         self.socket.set_mark(mark)
     }
 
@@ -690,6 +729,48 @@ mod tests {
         let error = UdpBatch::bind(&Config::bound_to(taken.local_addr())).unwrap_err();
         assert!(matches!(error, Error::AddressInUse { .. }), "{error}");
         assert!(error.to_string().contains("--port"), "{error}");
+    }
+
+    #[test]
+    fn senders_keep_to_one_of_the_sockets_on_an_address() {
+        let config = Config { sockets: 3, ..Config::bound_to("127.0.0.1:0".parse().unwrap()) };
+        let group = UdpBatch::bind(&config).unwrap();
+        assert_eq!(group.others().len(), 2);
+        let members: Vec<_> = (0..3).map(|number| group.member(number)).collect();
+        assert!(members.iter().all(|member| member.local_addr() == group.local_addr()));
+        assert!(std::ptr::eq(group.member(4), group.member(1)));
+        let taken = UdpBatch::bind(&Config { bind: group.local_addr(), ..config }).unwrap_err();
+        assert!(matches!(taken, Error::AddressInUse { .. }), "another group does not mix with this one: {taken}");
+        let senders: Vec<_> = (0..24).map(|_| std::net::UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
+        for sequence in 0..5_u8 {
+            for sender in &senders {
+                sender.send_to(&[sequence], group.local_addr()).unwrap();
+            }
+        }
+        let mut heard = std::collections::BTreeMap::<_, Vec<_>>::new();
+        for (number, member) in members.iter().enumerate() {
+            let mut room = member.recv_room(64);
+            while member.recv_batch(&mut room, Duration::from_millis(20)).unwrap() > 0 {
+                for index in 0..room.len() {
+                    let sequence = room.batch().packet(index)[0];
+                    heard.entry(room.source(index)).or_default().push((number, sequence));
+                }
+            }
+        }
+        assert_eq!(heard.len(), senders.len());
+        for (sender, heard) in &heard {
+            let expected: Vec<_> = (0..5).map(|sequence| (heard[0].0, sequence)).collect();
+            assert_eq!(*heard, expected, "{sender}");
+        }
+        let used: std::collections::BTreeSet<_> = heard.values().map(|heard| heard[0].0).collect();
+        assert!(used.len() > 1, "the kernel spreads senders");
+        // Answers come from the common port, whichever socket sends them.
+        members[2].send_to(b"answer", senders[0].local_addr().unwrap()).unwrap();
+        assert_eq!(senders[0].recv_from(&mut [0; 9]).unwrap().1, group.local_addr());
+        group.close();
+        for member in members {
+            assert!(member.recv_batch(&mut member.recv_room(1), Duration::from_secs(60)).is_err());
+        }
     }
 
     #[test]
