@@ -9,14 +9,18 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use mesh_node::dataplane::Workers;
 use mesh_node::wireguard::{ControlSocket, Options, Tunnel};
-use mesh_noise::wireguard::Timing;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Told to the process in the background, which has nobody to log to.
 const BACKGROUND: &str = "MESH_WIREGUARD_BACKGROUND";
 /// For tests: sessions are replaced after this many milliseconds instead of 120 seconds.
 const TEST_REKEY_AFTER: &str = "MESH_TEST_REKEY_AFTER_MS";
+/// For tests: queues of the device, and sockets on the port, instead of what suits the machine.
+const TEST_QUEUES: &str = "MESH_TEST_QUEUES";
+/// For tests: so many threads that encrypt and decrypt, always, instead of when one is not enough.
+const TEST_WORKERS: &str = "MESH_TEST_WORKERS";
 
 /// A WireGuard interface in userspace, configured with wg or wg-quick.
 #[derive(Debug, Parser)]
@@ -72,16 +76,21 @@ fn run(interface: &str) -> anyhow::Result<()> {
         let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     }
-    let mut timing = Timing::default();
+    let mut options = Options::new(mesh_noise::random::SystemRng.array());
     if let Ok(milliseconds) = std::env::var(TEST_REKEY_AFTER) {
-        timing.rekey_after = Duration::from_millis(milliseconds.parse().context(TEST_REKEY_AFTER)?);
+        options.timing.rekey_after = Duration::from_millis(milliseconds.parse().context(TEST_REKEY_AFTER)?);
     }
-    let seed = mesh_noise::random::SystemRng.array();
+    if let Ok(queues) = std::env::var(TEST_QUEUES) {
+        options.sockets = queues.parse().context(TEST_QUEUES)?;
+    }
+    if let Ok(workers) = std::env::var(TEST_WORKERS) {
+        options.workers = Workers::Always(workers.parse().context(TEST_WORKERS)?);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let device = Tunnel::open_device(interface)?;
+        let device = Tunnel::open_device(interface, options.sockets)?;
         let control = ControlSocket::bind(device.name())?;
-        let mut tunnel = Tunnel::start(device, Options { timing, seed })?;
+        let mut tunnel = Tunnel::start(device, options)?;
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let mut stdout = std::io::stdout();
         writeln!(stdout, "ready {interface} {}", control.path().display())?;

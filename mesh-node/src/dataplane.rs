@@ -14,12 +14,15 @@
 //!            └─ RX thread per socket, one for relays┘
 //! ```
 //!
+//! There is a TX thread for each queue of the device.
+//!
 //! What threads read is immutable and swapped by pointer (prefix to peer, filter), or one cell per peer (session, path),
 //! so that publishing costs what changed. Packets are worked on where they were read: no allocation and no lock a packet;
 //! counters are reserved, the replay window is locked and the activity words are written once a batch and session.
 //!
-//! Order within a flow is kept: one thread reads the device, packets that were parked for want of a session leave before
-//! any that come after them, and each socket has one reader.
+//! Order within a flow is kept: one thread reads each queue of the device, packets that were parked for want of a session
+//! leave before any that come after them, and each socket has one reader. Where a device has several queues or an address
+//! several sockets, all packets of a flow come by the same one.
 //!
 //! The relay is a transport like a socket: sealed batches go to a [`RelaySink`], and what comes from it is handed to
 //! [`Dataplane::inject`] and opened by the same code.
@@ -30,7 +33,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -53,9 +56,11 @@ mod peer;
 mod receive;
 mod sessions;
 mod transmit;
+mod workers;
 
 pub use counters::{DropReason, Drops};
 pub use peer::{PeerTraffic, Traffic};
+pub use workers::Workers;
 
 use counters::DropCounters;
 use peer::PeerCell;
@@ -104,6 +109,8 @@ pub struct Config {
     /// The time in milliseconds, as [`Interface::clock_ms`](mesh_noise::wireguard::Interface::clock_ms) counts it. Called
     /// once a batch.
     pub clock: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Whether other threads help where one is saturated; default [`Workers::Auto`].
+    pub workers: Workers,
 }
 
 impl fmt::Debug for Config {
@@ -214,7 +221,11 @@ struct Known {
 
 /// What the threads read.
 struct Shared {
+    /// For threads that are started later.
+    me: Weak<Self>,
     device: Arc<dyn Device>,
+    /// The device and its further queues: one for each TX thread to read, and for RX threads to write to by turns.
+    queues: Vec<Arc<dyn Device>>,
     sockets: ArcSwap<Vec<NumberedSocket>>,
     relay: Arc<dyn RelaySink>,
     injected: SyncSender<Injected>,
@@ -226,6 +237,7 @@ struct Shared {
     peers: Mutex<BTreeMap<NodePublic, Known>>,
     notices: mpsc::Sender<Notice>,
     drops: DropCounters,
+    workers: workers::Pool,
     stopped: AtomicBool,
 }
 
@@ -235,10 +247,12 @@ impl Dataplane {
     /// # Errors
     /// If the system refuses a thread.
     pub fn start(config: Config) -> io::Result<(Self, Notices)> {
-        let Config { device, sockets, relay, flow_seed, clock } = config;
+        let Config { device, sockets, relay, flow_seed, clock, workers } = config;
         let (notices, receiver) = mpsc::channel(NOTICES);
         let (injected, relayed) = sync_channel(RELAY_QUEUE);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new_cyclic(|me| Shared {
+            me: Weak::clone(me),
+            queues: std::iter::once(Arc::clone(&device)).chain(device.queues()).collect(),
             device,
             sockets: ArcSwap::default(),
             relay,
@@ -250,10 +264,13 @@ impl Dataplane {
             peers: Mutex::default(),
             notices,
             drops: DropCounters::default(),
+            workers: workers::Pool::new(workers),
             stopped: AtomicBool::new(false),
         });
         let plane = Self { shared, threads: Mutex::default() };
-        plane.spawn("mesh-tx", transmit::run)?;
+        for queue in 0..plane.shared.queues.len() {
+            plane.spawn(&format!("mesh-tx-{queue}"), move |shared| transmit::run(shared, queue))?;
+        }
         plane.spawn("mesh-rx-relay", move |shared| receive::run_relay(shared, &relayed))?;
         for (id, socket) in sockets {
             plane.add_socket(id, socket)?;
@@ -380,13 +397,18 @@ impl Dataplane {
 
     // --- Transports
 
-    /// Adds a socket with a thread of its own, or replaces the one with this number, which is closed.
+    /// Adds a socket with a thread of its own, or several on one address with a thread each, or replaces the one with this
+    /// number, which is closed.
     ///
     /// # Errors
     /// If the system refuses the thread.
     pub fn add_socket(&self, id: SocketId, socket: Arc<UdpBatch>) -> io::Result<()> {
-        let (receiver, name) = (Arc::clone(&socket), format!("mesh-rx-{}", id.0));
-        self.spawn(&name, move |shared| receive::run_socket(shared, id, &receiver))?;
+        for (number, receiver) in std::iter::once(&socket).chain(socket.others()).enumerate() {
+            let (receiver, name) = (Arc::clone(receiver), format!("mesh-rx-{}.{number}", id.0));
+            let spawned = self.spawn(&name, move |shared| receive::run_socket(shared, id, &receiver, number));
+            // Those that run already end with it.
+            spawned.inspect_err(|_| socket.close())?;
+        }
         let peers = self.shared.peers();
         let (mut sockets, replaced) = self.shared.sockets_without(id);
         sockets.push((id, socket));
@@ -443,6 +465,12 @@ impl Dataplane {
         self.shared.drops.read()
     }
 
+    /// How many batches a saturated thread has handed to another: see [`Workers`].
+    #[must_use]
+    pub fn handed_over(&self) -> u64 {
+        self.shared.workers.handed_over()
+    }
+
     /// Stops all threads and waits for them; closes the device and the sockets.
     pub fn shutdown(&self) {
         self.shared.stopped.store(true, Ordering::Release);
@@ -459,6 +487,7 @@ impl Dataplane {
             // A thread that panicked has said so on its own.
             let _ = thread.join();
         }
+        self.shared.workers.close();
     }
 
     fn spawn(&self, name: &str, run: impl FnOnce(&Shared) + Send + 'static) -> io::Result<()> {
@@ -519,6 +548,11 @@ impl Shared {
             self.drops.add(DropReason::NoticeQueueFull, 1);
         }
         sent
+    }
+
+    /// The queue that the RX thread with this number writes to.
+    fn queue_of(&self, number: usize) -> &dyn Device {
+        &*self.queues[number % self.queues.len()]
     }
 
     fn new_batch(&self) -> Batch {

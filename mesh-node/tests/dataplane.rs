@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use mesh_derp::map::RegionId;
 use mesh_nat::{Path, SocketId};
-use mesh_node::dataplane::{Config, Dataplane, DropReason, Notice, Notices, PeerConfig, RelaySink, Traffic};
+use mesh_node::dataplane::{Config, Dataplane, DropReason, Notice, Notices, PeerConfig, RelaySink, Traffic, Workers};
 use mesh_noise::key::{NodePrivate, NodePublic};
 use mesh_noise::random::SeededRng;
 use mesh_noise::wireguard::{self, Event, Interface};
@@ -285,6 +285,7 @@ impl End {
             relay: Arc::new(TestRelay { from: key, other, relayed }),
             flow_seed: [seed; 16],
             clock: Arc::new(move || u64::try_from(epoch.elapsed().as_millis()).unwrap() + 1),
+            workers: Workers::Off,
         };
         let (plane, notices) = Dataplane::start(config).unwrap();
         let (plane, peer) = (Arc::new(plane), OnceLock::new());

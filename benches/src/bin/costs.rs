@@ -109,6 +109,7 @@ impl Node {
             relay: Arc::new(NoRelay),
             flow_seed: [9; 16],
             clock: Arc::new(|| 1),
+            workers: dataplane::Workers::Off,
         })?;
         Ok(Self { now, interface, plane, private })
     }

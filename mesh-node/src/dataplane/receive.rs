@@ -18,21 +18,26 @@ use mesh_tun::mtu;
 use mesh_tun::packet::{self, Packet, Protocol};
 
 use super::sessions::SessionCell;
+use super::workers::{Handover, Inbound};
 use super::{BATCH, DropReason, IDLE, Injected, Notice, Shared, transmit};
 
 /// Longest datagram that a relay hands over: what fits a DERP frame is far above any MTU.
 const RELAYED_SIZE: usize = 2048;
 
-/// Carries datagrams from `socket` until it is closed.
-pub(super) fn run_socket(shared: &Shared, id: SocketId, socket: &UdpBatch) {
+/// Carries datagrams from `socket`, which is the one with this number on its address, until it is closed.
+pub(super) fn run_socket(shared: &Shared, id: SocketId, socket: &UdpBatch, number: usize) {
     let mut room = socket.recv_room(BATCH);
-    let mut opener = Opener::new(shared);
+    let mut opener = Opener::new(shared, number);
+    let mut handover = Handover::new(shared);
     let mut origins = Vec::with_capacity(BATCH);
-    let mut truncated = 0;
     while !shared.is_stopped() {
+        let truncated = room.truncated();
         match socket.recv_batch(&mut room, IDLE) {
-            Ok(0) => continue,
-            Ok(_) => {}
+            Ok(0) => {
+                handover.note(shared, 0);
+                continue;
+            }
+            Ok(count) => handover.note(shared, count),
             Err(error) => {
                 if error.kind() != io::ErrorKind::BrokenPipe {
                     shared.notify(Notice::Failed { what: format!("socket {}: {error}", socket.local_addr()) });
@@ -42,21 +47,27 @@ pub(super) fn run_socket(shared: &Shared, id: SocketId, socket: &UdpBatch) {
         }
         if room.truncated() != truncated {
             shared.drops.add(DropReason::Oversized, usize::try_from(room.truncated() - truncated).unwrap_or(1));
-            truncated = room.truncated();
         }
         origins.clear();
         origins.extend((0..room.len()).map(|index| {
             let path = Path::Direct { socket: id, remote: room.source(index) };
             Origin { path, source: None }
         }));
-        opener.take(room.batch_mut(), &origins);
+        if handover.is_on() {
+            let mut job = handover.job(|| Inbound::new(number, socket.recv_room(BATCH)));
+            std::mem::swap(&mut job.room, &mut room);
+            std::mem::swap(&mut job.origins, &mut origins);
+            handover.submit(shared, job);
+        } else {
+            opener.take(room.batch_mut(), &origins);
+        }
     }
 }
 
 /// Carries datagrams from relays until told to stop.
 pub(super) fn run_relay(shared: &Shared, relayed: &Receiver<Injected>) {
     let mut batch = Batch::new(BATCH, RELAYED_SIZE);
-    let mut opener = Opener::new(shared);
+    let mut opener = Opener::new(shared, 0);
     let mut origins = Vec::with_capacity(BATCH);
     // The sender lives in `shared`, so this ends by message or by flag.
     while let Ok(Some(first)) = relayed.recv() {
@@ -86,13 +97,13 @@ pub(super) fn run_relay(shared: &Shared, relayed: &Receiver<Injected>) {
 
 /// How a datagram came.
 #[derive(Clone, Copy)]
-struct Origin {
+pub(super) struct Origin {
     path: Path,
     source: Option<NodePublic>,
 }
 
 /// A datagram that opened, as numbers into the batch and the sessions of it.
-struct Opened {
+pub(super) struct Opened {
     index: usize,
     session: usize,
     counter: u64,
@@ -101,27 +112,39 @@ struct Opened {
 }
 
 /// Opens batches. The lists are kept from batch to batch for their memory alone.
-struct Opener<'a> {
-    shared: &'a Shared,
-    sessions: Vec<Arc<SessionCell>>,
-    opened: Vec<Opened>,
+pub(super) struct Opener<'a> {
+    pub(super) shared: &'a Shared,
+    /// Decides which queue of the device is written to.
+    pub(super) number: usize,
+    pub(super) sessions: Vec<Arc<SessionCell>>,
+    pub(super) opened: Vec<Opened>,
 }
 
 impl<'a> Opener<'a> {
-    fn new(shared: &'a Shared) -> Self {
-        Self { shared, sessions: Vec::with_capacity(BATCH), opened: Vec::with_capacity(BATCH) }
+    fn new(shared: &'a Shared, number: usize) -> Self {
+        Self { shared, number, sessions: Vec::with_capacity(BATCH), opened: Vec::with_capacity(BATCH) }
     }
 
     /// Opens the datagrams of `batch`, which came from `origins`, and writes what may pass to the device.
     fn take(&mut self, batch: &mut Batch, origins: &[Origin]) {
+        self.open_all(batch, origins);
+        self.pass(batch, origins);
+    }
+
+    /// The first part, which may be done by any thread: opens all, and takes out what is not transport data.
+    pub(super) fn open_all(&mut self, batch: &mut Batch, origins: &[Origin]) {
         for (index, origin) in origins.iter().enumerate() {
             self.open(batch, index, origin);
         }
+    }
+
+    /// The second part, batch after batch: writes what may pass to the device.
+    pub(super) fn pass(&mut self, batch: &mut Batch, origins: &[Origin]) {
         if !self.opened.is_empty() {
             self.refuse_replays();
             self.note_activity(origins);
             let passed = self.judge(batch);
-            match self.shared.device.write_batch(batch) {
+            match self.shared.queue_of(self.number).write_batch(batch) {
                 Ok(taken) => self.shared.drops.add(DropReason::DeviceRefused, passed.saturating_sub(taken)),
                 Err(_) => self.shared.drops.add(DropReason::DeviceRefused, passed),
             }

@@ -15,11 +15,13 @@ use mesh_tun::packet::{self, Packet, Transport};
 
 use super::fit::Fit;
 use super::peer::PeerCell;
+use super::workers::{Handover, Outbound, Run};
 use super::{DropReason, IDLE, Notice, NumberedSocket, Shared};
 
-/// Carries packets until the device is closed.
-pub(super) fn run(shared: &Shared) {
-    let mut transmitter = Transmitter::new(shared, shared.new_batch());
+/// Carries packets from a queue of the device until it is closed.
+pub(super) fn run(shared: &Shared, queue: usize) {
+    let mut transmitter = Transmitter::new(shared, queue, shared.new_batch());
+    transmitter.handover = Handover::new(shared);
     while !shared.is_stopped() {
         if let Err(error) = transmitter.step() {
             if error.kind() != io::ErrorKind::BrokenPipe {
@@ -35,7 +37,7 @@ pub(super) fn run(shared: &Shared) {
 /// The queue stays locked meanwhile: a packet that the TX thread wants to park waits, and then finds the session.
 pub(super) fn release(shared: &Shared, peer: &Arc<PeerCell>, session: &Arc<Session>) {
     let mut parked = peer.parked();
-    let mut transmitter = Transmitter::new(shared, parked.drain());
+    let mut transmitter = Transmitter::new(shared, 0, parked.drain());
     let count = transmitter.batch.len();
     if count > 0 {
         if peer.limit() != usize::MAX {
@@ -56,6 +58,8 @@ pub(super) fn release(shared: &Shared, peer: &Arc<PeerCell>, session: &Arc<Sessi
 /// A batch on its way from the device to sockets and relay.
 struct Transmitter<'a> {
     shared: &'a Shared,
+    /// Which queue of the device is read, and which socket of an address is sent by.
+    queue: usize,
     batch: Batch,
     sockets: Guard<Arc<Vec<NumberedSocket>>>,
     /// What `sockets` is while the device is idle.
@@ -63,24 +67,28 @@ struct Transmitter<'a> {
     /// By position in `sockets`.
     outgoing: Vec<Vec<Outgoing>>,
     fit: Fit,
+    handover: Handover<Outbound>,
+    /// What of the batch is to be handed over.
+    runs: Vec<Run>,
 }
 
 impl<'a> Transmitter<'a> {
-    fn new(shared: &'a Shared, batch: Batch) -> Self {
+    fn new(shared: &'a Shared, queue: usize, batch: Batch) -> Self {
         let sockets = shared.sockets.load();
         let outgoing = sockets.iter().map(|_| Vec::with_capacity(batch.capacity())).collect();
-        Self { shared, batch, sockets, no_sockets: Arc::default(), outgoing, fit: Fit::default() }
+        let (fit, handover, runs) = (Fit::default(), Handover::never(), Vec::new());
+        Self { shared, queue, batch, sockets, no_sockets: Arc::default(), outgoing, fit, handover, runs }
     }
 
     /// One batch.
     fn step(&mut self) -> io::Result<()> {
         self.batch.clear();
-        let count = self.shared.device.read_batch(&mut self.batch, IDLE)?;
+        let count = self.shared.queues[self.queue].read_batch(&mut self.batch, IDLE)?;
+        self.handover.note(self.shared, count);
         if count == 0 {
             return Ok(());
         }
         self.sockets = self.shared.sockets.load();
-        self.outgoing.resize_with(self.sockets.len(), Vec::new);
         let now_ms = self.shared.now_ms();
         let routes = self.shared.routes.load();
         let filter = self.shared.filter.load();
@@ -119,10 +127,15 @@ impl<'a> Transmitter<'a> {
             }
             self.note_flows(&filter, start..end, now_ms);
             if let Some((session, first)) = peer.reserve(end - start).or_else(|| self.park(peer, start..end)) {
-                self.send_run(peer, &session, first, start..end, now_ms);
+                if self.handover.is_on() {
+                    self.runs.push(Run { peer: Arc::clone(peer), session, first, range: start..end, bytes: 0 });
+                } else {
+                    self.send_run(peer, &session, first, start..end, now_ms);
+                }
             }
             start = end;
         }
+        self.hand_over();
         self.flush();
         // Holding on to old sockets would keep closed ones open while the device is idle.
         self.sockets = Guard::from_inner(Arc::clone(&self.no_sockets));
@@ -140,8 +153,21 @@ impl<'a> Transmitter<'a> {
         }
     }
 
+    /// Lets a worker seal and send the batch, if there is anything in it.
+    fn hand_over(&mut self) {
+        if !self.runs.is_empty() {
+            let (shared, queue) = (self.shared, self.queue);
+            let mut job = self.handover.job(|| Outbound::new(shared, queue));
+            std::mem::swap(&mut job.batch, &mut self.batch);
+            std::mem::swap(&mut job.runs, &mut self.runs);
+            self.handover.submit(shared, job);
+        }
+    }
+
     /// Keeps packets until there is a session, unless there is one by now.
     fn park(&self, peer: &Arc<PeerCell>, run: Range<usize>) -> Option<(Arc<Session>, u64)> {
+        // What is parked leaves on its own, and must not pass what was read before.
+        self.handover.settle(self.shared);
         let mut parked = peer.parked();
         if let Some(reserved) = peer.reserve(run.len()) {
             return Some(reserved);
@@ -154,20 +180,74 @@ impl<'a> Transmitter<'a> {
 
     /// Seals the packets of a run and hands them to the peer's path; direct ones leave with [`Transmitter::flush`].
     fn send_run(&mut self, peer: &PeerCell, session: &Session, first: u64, run: Range<usize>, now_ms: u64) {
+        let limit = self.shared.device.mtu().min(peer.limit());
+        let bytes = seal_run(&mut self.batch, session, first, run.clone(), limit);
+        self.dispatch().forward_run(peer, session, run, bytes, now_ms);
+    }
+
+    /// Sends what has gathered for the sockets.
+    fn flush(&mut self) {
+        self.dispatch().flush();
+    }
+
+    fn dispatch(&mut self) -> Dispatch<'_> {
+        Dispatch::new(self.shared, self.queue, &self.batch, &self.sockets, &mut self.outgoing)
+    }
+}
+
+/// Seals packets in place, with counters from `first` on and no padding beyond `limit`, and returns the length of the
+/// datagrams.
+pub(super) fn seal_run(batch: &mut Batch, session: &Session, first: u64, run: Range<usize>, limit: usize) -> usize {
+    let mut bytes = 0;
+    for (index, counter) in run.zip(first..) {
+        let len = batch.packet(index).len();
+        let padded = padded_len(len, limit);
+        let sealed = session.seal_padded(counter, batch.with_room(index, HEADER_LEN), len, padded);
+        batch.grow(index, HEADER_LEN, sealed);
+        bytes += sealed;
+    }
+    bytes
+}
+
+/// The way out for a batch that has been sealed.
+pub(super) struct Dispatch<'a> {
+    shared: &'a Shared,
+    /// Which socket of an address is sent by.
+    queue: usize,
+    batch: &'a Batch,
+    sockets: &'a [NumberedSocket],
+    /// By position in `sockets`.
+    outgoing: &'a mut [Vec<Outgoing>],
+}
+
+impl<'a> Dispatch<'a> {
+    /// The lists in `outgoing` are empty, and kept from batch to batch for their memory alone.
+    pub(super) fn new(
+        shared: &'a Shared,
+        queue: usize,
+        batch: &'a Batch,
+        sockets: &'a [NumberedSocket],
+        outgoing: &'a mut Vec<Vec<Outgoing>>,
+    ) -> Self {
+        outgoing.resize_with(sockets.len(), Vec::new);
+        Self { shared, queue, batch, sockets, outgoing }
+    }
+
+    /// Hands sealed packets to the peer's path; direct ones leave with [`Dispatch::flush`].
+    pub(super) fn forward_run(
+        &mut self,
+        peer: &PeerCell,
+        session: &Session,
+        run: Range<usize>,
+        bytes: usize,
+        now_ms: u64,
+    ) {
         let drops = &self.shared.drops;
         let count = run.len();
         let Some(path) = peer.path() else {
             drops.add(DropReason::NoPath, count);
             return;
         };
-        let (mut bytes, limit) = (0, self.shared.device.mtu().min(peer.limit()));
-        for (index, counter) in run.clone().zip(first..) {
-            let len = self.batch.packet(index).len();
-            let padded = padded_len(len, limit);
-            let sealed = session.seal_padded(counter, self.batch.with_room(index, HEADER_LEN), len, padded);
-            self.batch.grow(index, HEADER_LEN, sealed);
-            bytes += sealed;
-        }
         let sent = match path {
             Path::Direct { socket, remote } => match self.sockets.iter().position(|(id, _)| *id == socket) {
                 Some(at) => {
@@ -200,10 +280,10 @@ impl<'a> Transmitter<'a> {
     }
 
     /// Sends what has gathered for the sockets.
-    fn flush(&mut self) {
-        for ((_, socket), outgoing) in self.sockets.iter().zip(&mut self.outgoing) {
+    pub(super) fn flush(&mut self) {
+        for ((_, socket), outgoing) in self.sockets.iter().zip(self.outgoing.iter_mut()) {
             if !outgoing.is_empty() {
-                self.shared.count_sent(socket, &self.batch, outgoing);
+                self.shared.count_sent(socket.member(self.queue), self.batch, outgoing);
                 outgoing.clear();
             }
         }

@@ -9,7 +9,7 @@ use mesh_tun::linux::interfaces::{Interfaces, interfaces};
 use mesh_tun::linux::monitor::Monitor;
 use mesh_tun::linux::netlink::Netlink;
 use mesh_tun::linux::udp::{Config, UdpBatch};
-use mesh_tun::linux::{BYPASS_MARK, BYPASS_MASK};
+use mesh_tun::linux::{BYPASS_MARK, BYPASS_MASK, queues};
 use mesh_tun::plan::{self, Host, Routing};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -72,6 +72,7 @@ fn bind(mut config: Config) -> Result<Arc<UdpBatch>, Error> {
     config.mark = Some(BYPASS_MARK);
     // Path discovery finds out what arrives.
     config.dont_fragment = true;
+    config.sockets = queues::for_this_machine();
     UdpBatch::bind(&config).map_err(Error::Tun)
 }
 

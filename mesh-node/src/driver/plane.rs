@@ -14,7 +14,7 @@ use mesh_tun::packet::Protocol;
 
 use super::relays::RelaySender;
 use super::{Clock, Sockets};
-use crate::dataplane::{Config, Dataplane, Notices, PeerConfig, Traffic};
+use crate::dataplane::{Config, Dataplane, Notices, PeerConfig, Traffic, Workers};
 use crate::engine::{Command, MapView, PeerView};
 use crate::error::Error;
 use crate::status::PathCounters;
@@ -40,6 +40,7 @@ impl Plane {
             relay: Arc::new(relay),
             flow_seed: SystemRng.array(),
             clock: Arc::new(move || clock.activity_ms()),
+            workers: Workers::default(),
         };
         let (dataplane, notices) = Dataplane::start(config)
             .map_err(|source| Error::System { what: "cannot start the data plane's threads", source })?;

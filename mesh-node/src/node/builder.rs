@@ -11,6 +11,7 @@ use mesh_noise::random::SystemRng;
 use mesh_noise::wireguard::Timing;
 use mesh_tun::device::Device as PacketDevice;
 use mesh_tun::linux::netlink::Netlink;
+use mesh_tun::linux::queues;
 use mesh_tun::linux::tun::{self, Tun};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -321,7 +322,9 @@ struct Opened {
 }
 
 fn open_tun(name: &str, names: &Names) -> Result<Opened, Error> {
-    let tun = Tun::open(&tun::Config::named(name))?;
+    let mut config = tun::Config::named(name);
+    config.queues = queues::for_this_machine();
+    let tun = Tun::open(&config)?;
     let host = TunHost::start(tun.index(), Netlink::open()?);
     let device = ServiceDevice::start(Arc::new(tun), names)
         .map_err(|source| Error::System { what: "cannot start the name server", source })?;

@@ -18,13 +18,13 @@ const IDLE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct ServiceDevice {
     inner: Arc<dyn Device>,
-    interceptor: Interceptor,
+    interceptor: Arc<Interceptor>,
 }
 
 impl ServiceDevice {
     /// Answers with `names` what is asked through `inner`.
     pub(super) fn start(inner: Arc<dyn Device>, names: &Names) -> io::Result<Self> {
-        let interceptor = Interceptor::start(names, inner.mtu())?;
+        let interceptor = Arc::new(Interceptor::start(names, inner.mtu())?);
         let (answers, device) = (interceptor.device(), Arc::clone(&inner));
         std::thread::Builder::new().name("mesh-dns".into()).spawn(move || {
             let mut batch = Batch::new(BATCH, device.packet_size());
@@ -66,6 +66,11 @@ impl Device for ServiceDevice {
 
     fn packet_size(&self) -> usize {
         self.inner.packet_size()
+    }
+
+    fn queues(&self) -> Vec<Arc<dyn Device>> {
+        let queue = |inner| Arc::new(Self { inner, interceptor: Arc::clone(&self.interceptor) }) as Arc<dyn Device>;
+        self.inner.queues().into_iter().map(queue).collect()
     }
 
     fn close(&self) {

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use mesh_noise::key::{NodePrivate, NodePublic};
 use mesh_noise::random::SeededRng;
-use mesh_noise::wireguard::Timing;
 use mesh_tun::channel::{self, ChannelDevice};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -29,7 +28,7 @@ impl Running {
         let (near, far) = channel::pair(1420, 64);
         let control = ControlSocket::bind_in(dir, &format!("wg{number}")).unwrap();
         let socket = control.path().to_owned();
-        let options = Options { timing: Timing::default(), seed: [number; 32] };
+        let options = Options::new([number; 32]);
         let mut tunnel = Tunnel::start(Arc::new(far), options).unwrap();
         let task = tokio::spawn(async move { tunnel.run(control).await });
         let private = NodePrivate::generate(&mut SeededRng::from_seed([number + 100; 32]));
@@ -177,7 +176,7 @@ async fn a_socket_that_nobody_answers_on_is_replaced() {
 async fn a_tunnel_that_is_cancelled_takes_its_socket_with_it() {
     let dir = tempfile::tempdir().unwrap();
     let (_near, far) = channel::pair(1420, 64);
-    let options = Options { timing: Timing::default(), seed: [10; 32] };
+    let options = Options::new([10; 32]);
     let mut tunnel = Tunnel::start(Arc::new(far), options).unwrap();
     let control = ControlSocket::bind_in(dir.path(), "wg0").unwrap();
     assert!(tokio::time::timeout(Duration::from_millis(300), tunnel.run(control)).await.is_err());

@@ -16,13 +16,14 @@ use mesh_noise::wireguard::{AllowedIps, Event, Interface, PeerConfig, Timing, me
 use mesh_tun::batch::Batch;
 use mesh_tun::device::Device;
 use mesh_tun::filter::{Filter, Standing};
+use mesh_tun::linux::queues;
 use mesh_tun::linux::tun::Tun;
 use mesh_tun::linux::udp::{self, UdpBatch};
 use zeroize::Zeroizing;
 
 use super::Error;
 use super::control::{Command, ControlSocket};
-use crate::dataplane::{self, Dataplane, NoRelay, Notice, Notices};
+use crate::dataplane::{self, Dataplane, NoRelay, Notice, Notices, Workers};
 use crate::driver::Clock;
 
 /// How often the loop looks at what nobody tells it: the interface's MTU, the control socket's file.
@@ -40,6 +41,18 @@ pub struct Options {
     pub timing: Timing,
     /// 32 random bytes from the operating system.
     pub seed: [u8; 32],
+    /// Sockets on the port, for each address family; as many as the device has queues.
+    pub sockets: usize,
+    /// Whether other threads help where one is saturated.
+    pub workers: Workers,
+}
+
+impl Options {
+    /// What runs well on this machine, with 32 random bytes from the operating system.
+    #[must_use]
+    pub fn new(seed: [u8; 32]) -> Self {
+        Self { timing: Timing::default(), seed, sockets: queues::for_this_machine(), workers: Workers::default() }
+    }
 }
 
 /// A peer, as it was set.
@@ -62,6 +75,7 @@ pub struct Tunnel {
     sockets: BTreeMap<SocketId, Arc<UdpBatch>>,
     private: Option<NodePrivate>,
     fwmark: u32,
+    sockets_each: usize,
     peers: BTreeMap<NodePublic, Peer>,
     owners: AllowedIps<NodePublic>,
 }
@@ -78,13 +92,14 @@ impl Tunnel {
         let nobody = NodePrivate::generate(&mut rng);
         let interface =
             Interface::new(clock.epoch(), clock.wall(clock.epoch()), &nobody, rng.array()).with_timing(options.timing);
-        let sockets = bind(0, 0)?;
+        let sockets = bind(0, 0, options.sockets)?;
         let (plane, notices) = Dataplane::start(dataplane::Config {
             device: Arc::clone(&device),
             sockets: sockets.iter().map(|(id, socket)| (*id, Arc::clone(socket))).collect(),
             relay: Arc::new(NoRelay),
             flow_seed: rng.array(),
             clock: Arc::new(move || clock.activity_ms()),
+            workers: options.workers,
         })
         .map_err(Error::system("start the data plane"))?;
         plane.set_filter(Filter::open(plane.flows()));
@@ -97,6 +112,7 @@ impl Tunnel {
             sockets,
             private: None,
             fwmark: 0,
+            sockets_each: options.sockets,
             peers: BTreeMap::new(),
             owners: AllowedIps::new(),
         })
@@ -209,7 +225,7 @@ impl Tunnel {
             let errno = if matches!(error, Error::AddressInUse { .. }) { 98 } else { 5 };
             UapiError::System(error.to_string(), errno)
         };
-        let sockets = bind(port, self.fwmark).map_err(refused)?;
+        let sockets = bind(port, self.fwmark, self.sockets_each).map_err(refused)?;
         for (id, socket) in &sockets {
             let added = self.plane.add_socket(*id, Arc::clone(socket));
             added.map_err(|error| refused(Error::system("start a thread")(error)))?;
@@ -396,10 +412,11 @@ fn direct(remote: SocketAddr) -> Path {
 }
 
 /// Binds one port for both families; only IPv4 where the system has no IPv6.
-fn bind(port: u16, mark: u32) -> Result<BTreeMap<SocketId, Arc<UdpBatch>>, Error> {
+fn bind(port: u16, mark: u32, sockets: usize) -> Result<BTreeMap<SocketId, Arc<UdpBatch>>, Error> {
     let config = |mut config: udp::Config| {
         config.mark = Some(mark).filter(|mark| *mark != 0);
         config.datagram_size = MAX_DATAGRAM;
+        config.sockets = sockets;
         config
     };
     let mut tries = PORT_TRIES;
@@ -423,13 +440,15 @@ pub(super) const MAX_PACKET: u16 = 9000;
 const MAX_DATAGRAM: usize = MAX_PACKET as usize + 80;
 
 impl Tunnel {
-    /// Makes the TUN device that a tunnel wants: MTU 1420, which fits IPv6 on Ethernet, raised or lowered at will.
+    /// Makes the TUN device that a tunnel wants: MTU 1420, which fits IPv6 on Ethernet, raised or lowered at will; with so
+    /// many queues to read.
     ///
     /// # Errors
     /// As [`Tun::open`].
-    pub fn open_device(name: &str) -> Result<Arc<Tun>, Error> {
+    pub fn open_device(name: &str, queues: usize) -> Result<Arc<Tun>, Error> {
         let mut config = mesh_tun::linux::tun::Config::named(name);
         (config.mtu, config.packet_size) = (1420, Some(MAX_PACKET));
+        config.queues = queues;
         Ok(Arc::new(Tun::open(&config)?))
     }
 }
