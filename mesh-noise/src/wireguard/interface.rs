@@ -413,8 +413,7 @@ impl<P: Clone + Eq + Debug> Interface<P> {
 
     fn settle(&mut self, now: Instant, peer: &NodePublic) {
         let Some(known) = self.peers.get_mut(peer) else { return };
-        known.settle(&mut self.shared, now);
-        let deadline = known.deadline();
+        let deadline = known.settle(&mut self.shared, now);
         if deadline != known.scheduled {
             if let Some(old) = std::mem::replace(&mut known.scheduled, deadline) {
                 self.schedule.remove(&(old, *peer));

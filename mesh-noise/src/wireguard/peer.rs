@@ -71,8 +71,6 @@ pub(super) struct Peer {
     /// When the persistent keepalive last fired, or was switched on.
     persistent_from: Instant,
     persistent_now: bool,
-    /// The earliest of its timers, which are derived anew whenever something happens.
-    deadline: Option<Instant>,
     /// Where the interface has filed this peer.
     pub(super) scheduled: Option<Instant>,
 }
@@ -96,7 +94,6 @@ impl Peer {
             last_handshake: None,
             persistent_from: now,
             persistent_now: false,
-            deadline: None,
             scheduled: None,
         };
         peer.configure(now, config);
@@ -132,10 +129,6 @@ impl Peer {
 
     pub(super) fn current(&self) -> Option<&Arc<Session>> {
         self.current.as_ref().map(|live| &live.session)
-    }
-
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.deadline
     }
 
     // --- Commands
@@ -181,7 +174,6 @@ impl Peer {
         }
         self.abandon(shared);
         self.last_initiation = None;
-        self.deadline = None;
     }
 
     // --- Messages
@@ -268,14 +260,11 @@ impl Peer {
 
     // --- Timers
 
-    /// Does what is due and sets the timers anew. To be called after everything that touches this peer.
-    pub(super) fn settle<P: Clone>(&mut self, shared: &mut Shared<P>, now: Instant) {
+    /// Does what is due and returns when the next is. To be called after everything that touches this peer.
+    pub(super) fn settle<P: Clone>(&mut self, shared: &mut Shared<P>, now: Instant) -> Option<Instant> {
         loop {
             let timers = self.arm(shared, now);
-            let Some(timer) = timers.expired(now) else {
-                self.deadline = timers.next();
-                return;
-            };
+            let Some(timer) = timers.expired(now) else { return timers.next() };
             tracing::trace!(peer = ?self.public, ?timer, "timer");
             self.fire(shared, now, timer);
         }
