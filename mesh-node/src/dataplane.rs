@@ -48,6 +48,7 @@ use mesh_tun::batch::Batch;
 use mesh_tun::device::Device;
 use mesh_tun::filter::{Filter, Flows, Standing};
 use mesh_tun::linux::udp::UdpBatch;
+use mesh_tun::masquerade::Masquerade;
 use tokio::sync::mpsc;
 
 mod counters;
@@ -335,6 +336,13 @@ impl Dataplane {
     pub fn set_limit(&self, key: &NodePublic, limit: Option<usize>) {
         if let Some(cell) = self.shared.peer(key) {
             cell.set_limit(limit);
+        }
+    }
+
+    /// Shows this peer other addresses of ours from now on; an empty one shows our own. Unknown peers are ignored.
+    pub fn set_masquerade(&self, key: &NodePublic, masquerade: Masquerade) {
+        if let Some(cell) = self.shared.peer(key) {
+            cell.set_masquerade(masquerade);
         }
     }
 

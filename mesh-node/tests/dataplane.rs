@@ -65,12 +65,25 @@ fn flows_keep_their_order_both_ways_at_once() {
 #[test]
 fn a_packet_from_an_address_of_somebody_else_is_dropped_and_counted() {
     let mut pair = Pair::connected();
+    // A peer that does not check itself, as ours would.
+    pair.a.plane.set_filter(Filter::open(pair.a.plane.flows()));
     assert!(pair.a.host.send(&packet([100, 64, 0, 77], B, 1, 0)));
     assert!(pair.a.host.send(&packet(B, B, 1, 1)));
     assert!(pair.a.host.send(&packet(A, B, 1, 2)));
     pair.run_until(|pair| pair.b.count() > 0);
     assert_eq!(sequences(&pair.b.received, 1), [2]);
     assert_eq!(pair.b.plane.drops(), BTreeMap::from([(DropReason::ForeignSource, 2)]));
+}
+
+#[test]
+fn a_packet_in_the_name_of_somebody_else_does_not_leave() {
+    let mut pair = Pair::connected();
+    assert!(pair.a.host.send(&packet([100, 64, 0, 77], B, 1, 0)));
+    assert!(pair.a.host.send(&packet(A, B, 1, 1)));
+    pair.run_until(|pair| pair.b.count() > 0);
+    assert_eq!(sequences(&pair.b.received, 1), [1]);
+    assert_eq!(pair.a.plane.drops(), BTreeMap::from([(DropReason::NotOurs, 1)]));
+    assert_eq!(pair.b.plane.drops(), BTreeMap::new());
 }
 
 #[test]

@@ -124,6 +124,12 @@ impl Filter {
         }
     }
 
+    /// Whether packets may go out in the name of `source`: it is one of ours, or it is not known which those are.
+    #[must_use]
+    pub fn owns(&self, source: IpAddr) -> bool {
+        self.rules.is_none() || self.local.covering(source).next().is_some()
+    }
+
     /// Remembers the flow of a packet that goes out.
     pub fn note_outbound(&self, packet: &Packet<'_>, now: Duration) {
         if self.open {

@@ -7,6 +7,7 @@ mod error;
 pub mod filter;
 #[cfg(target_os = "linux")]
 pub mod linux;
+pub mod masquerade;
 pub mod mtu;
 pub mod offload;
 pub mod packet;

@@ -13,6 +13,8 @@ pub enum DropReason {
     Malformed,
     /// Outgoing: no peer has the destination.
     NoPeer,
+    /// Outgoing: from an address that is not one of ours.
+    NotOurs,
     /// Outgoing: parked for want of a session, and pushed out by newer packets or given up.
     NoSession,
     /// Outgoing: the peer has no path.
@@ -52,9 +54,10 @@ pub enum DropReason {
 }
 
 impl DropReason {
-    const ALL: [Self; 20] = [
+    const ALL: [Self; 21] = [
         Self::Malformed,
         Self::NoPeer,
+        Self::NotOurs,
         Self::NoSession,
         Self::NoPath,
         Self::NoSocket,
@@ -116,6 +119,6 @@ mod tests {
         counters.add(DropReason::Malformed, 0);
         let read = counters.read();
         assert_eq!(read.len(), DropReason::ALL.len());
-        assert_eq!(read.into_values().collect::<Vec<_>>(), (1..=20).collect::<Vec<_>>());
+        assert_eq!(read.into_values().collect::<Vec<_>>(), (1..=21).collect::<Vec<_>>());
     }
 }

@@ -10,6 +10,7 @@ use mesh_noise::key::NodePublic;
 use mesh_noise::wireguard::Session;
 use mesh_tun::batch::Batch;
 use mesh_tun::filter::Standing;
+use mesh_tun::masquerade::Masquerade;
 
 /// Packets kept for a peer without a session: the latest, since what waits longest is retransmitted first.
 const PARKED: usize = 64;
@@ -46,6 +47,9 @@ pub(super) struct PeerCell {
     jailed: AtomicBool,
     /// The longest packet that arrives there.
     limit: AtomicUsize,
+    /// Whether `masquerade` is set, which it hardly ever is.
+    masqueraded: AtomicBool,
+    masquerade: ArcSwapOption<Masquerade>,
     parked: Mutex<Parked>,
     direct: TrafficCounters,
     relay: TrafficCounters,
@@ -76,6 +80,8 @@ impl PeerCell {
             seen: ArcSwapOption::empty(),
             jailed: AtomicBool::new(false),
             limit: AtomicUsize::new(usize::MAX),
+            masqueraded: AtomicBool::new(false),
+            masquerade: ArcSwapOption::empty(),
             parked: Mutex::default(),
             direct: TrafficCounters::default(),
             relay: TrafficCounters::default(),
@@ -101,6 +107,17 @@ impl PeerCell {
 
     pub(super) fn set_limit(&self, limit: Option<usize>) {
         self.limit.store(limit.unwrap_or(usize::MAX), Ordering::Relaxed);
+    }
+
+    /// By which other addresses it knows us.
+    pub(super) fn masquerade(&self) -> Option<Arc<Masquerade>> {
+        if self.masqueraded.load(Ordering::Relaxed) { self.masquerade.load_full() } else { None }
+    }
+
+    pub(super) fn set_masquerade(&self, masquerade: Masquerade) {
+        let some = !masquerade.is_empty();
+        self.masquerade.store(some.then(|| Arc::new(masquerade)));
+        self.masqueraded.store(some, Ordering::Relaxed);
     }
 
     pub(super) fn path(&self) -> Option<Path> {

@@ -265,6 +265,9 @@ impl<'a> Opener<'a> {
         for opened in &self.opened {
             let index = opened.index;
             let peer = &self.sessions[opened.session].peer;
+            if let Some(masquerade) = peer.masquerade() {
+                masquerade.incoming(batch.packet_mut(index));
+            }
             let bytes = batch.packet(index);
             let outcome = if !opened.fresh {
                 Err(Some(DropReason::Replayed))

@@ -1,6 +1,7 @@
 //! The TX thread: packets from the device, sealed and sent.
 
 use std::io;
+use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -55,6 +56,12 @@ pub(super) fn release(shared: &Shared, peer: &Arc<PeerCell>, session: &Arc<Sessi
     peer.set_session(Arc::clone(session), &mut parked);
 }
 
+/// Source and destination of a packet.
+fn ends(batch: &Batch, index: usize) -> (Option<IpAddr>, Option<IpAddr>) {
+    let bytes = batch.packet(index);
+    (packet::source(bytes), packet::destination(bytes))
+}
+
 /// A batch on its way from the device to sockets and relay.
 struct Transmitter<'a> {
     shared: &'a Shared,
@@ -93,8 +100,9 @@ impl<'a> Transmitter<'a> {
         let routes = self.shared.routes.load();
         let filter = self.shared.filter.load();
         let route = |batch: &Batch, index: usize| {
-            let destination = packet::destination(batch.packet(index)).ok_or(DropReason::Malformed)?;
-            routes.lookup(destination).ok_or(DropReason::NoPeer)
+            let (Some(source), Some(destination)) = ends(batch, index) else { return Err(DropReason::Malformed) };
+            let peer = routes.lookup(destination).ok_or(DropReason::NoPeer)?;
+            if filter.owns(source) { Ok(peer) } else { Err(DropReason::NotOurs) }
         };
         let mut start = 0;
         while start < count {
@@ -112,9 +120,9 @@ impl<'a> Transmitter<'a> {
                 }
             };
             // Neighbours for one peer share a session, a path and the counters' increments; most are of one flow.
-            let destination = packet::destination(self.batch.packet(start));
+            let first = ends(&self.batch, start);
             let same = |index| {
-                packet::destination(self.batch.packet(index)) == destination
+                ends(&self.batch, index) == first
                     || matches!(route(&self.batch, index), Ok(next) if Arc::ptr_eq(next, peer))
             };
             let mut end = (start + 1..count).find(|index| !same(*index)).unwrap_or(count);
@@ -126,6 +134,11 @@ impl<'a> Transmitter<'a> {
                 }
             }
             self.note_flows(&filter, start..end, now_ms);
+            if let Some(masquerade) = peer.masquerade() {
+                for index in start..end {
+                    masquerade.outgoing(self.batch.packet_mut(index));
+                }
+            }
             if let Some((session, first)) = peer.reserve(end - start).or_else(|| self.park(peer, start..end)) {
                 if self.handover.is_on() {
                     self.runs.push(Run { peer: Arc::clone(peer), session, first, range: start..end, bytes: 0 });

@@ -64,11 +64,13 @@ impl Plane {
         match command {
             Command::SetPeers(views) => {
                 self.peers.extend(views.iter().map(|view| view.node));
+                let shown: Vec<_> = views.iter().map(|view| (view.node, view.masquerade)).collect();
                 let peer = |view: PeerView| {
                     let standing = if view.jailed { Standing::Jailed } else { Standing::Ordinary };
                     PeerConfig { key: view.node, allowed_ips: view.allowed, standing }
                 };
                 self.dataplane.set_peers(&views.into_iter().map(peer).collect::<Vec<_>>());
+                shown.into_iter().for_each(|(peer, masquerade)| self.dataplane.set_masquerade(&peer, masquerade));
             }
             Command::RemovePeer(peer) => {
                 self.peers.remove(&peer);

@@ -9,6 +9,7 @@ use mesh_control::netmap::Netmap;
 use mesh_control::wire::{FilterRule, Node};
 use mesh_derp::map::{DerpMap, RegionId};
 use mesh_noise::key::{DiscoPublic, NodePublic};
+use mesh_tun::masquerade::Masquerade;
 
 /// A peer as the engine sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,20 +26,27 @@ pub struct PeerView {
     pub allowed: Vec<IpNet>,
     /// It may be contacted, but may not start anything itself.
     pub jailed: bool,
+    /// By which other addresses it knows us.
+    pub masquerade: Masquerade,
 }
 
 impl PeerView {
     /// Whether the data plane must be told of the difference.
     pub(super) fn routing_differs(&self, other: &Self) -> bool {
-        self.allowed != other.allowed || self.jailed != other.jailed
+        self.allowed != other.allowed || self.jailed != other.jailed || self.masquerade != other.masquerade
     }
 
-    fn of(node: &Node) -> Option<Self> {
+    /// `own` are our addresses.
+    fn of(node: &Node, own: &[IpNet]) -> Option<Self> {
         let disco = (!node.disco_key.is_zero()).then_some(node.disco_key);
         if node.expired || (disco.is_none() && node.home_derp.is_none()) {
             return None;
         }
-        let own = |net: &IpNet| node.addresses.contains(net);
+        let its_own = |net: &IpNet| node.addresses.contains(net);
+        let shown = [node.self_node_v4_masq_addr, node.self_node_v6_masq_addr].into_iter().flatten();
+        // An address of the other family than ours changes nothing.
+        let pairs = shown.flat_map(|shown| own.iter().map(move |own| (own.addr(), shown)));
+        let masquerade = pairs.fold(Masquerade::new(), |masquerade, (own, shown)| masquerade.show(own, shown));
         let allowed = node.allowed_ips.as_deref().unwrap_or(&node.addresses);
         Some(Self {
             node: node.key,
@@ -46,8 +54,9 @@ impl PeerView {
             home: node.home_derp,
             endpoints: node.endpoints.clone(),
             // Subnet and exit routes are used only by those who ask for them, and nobody can ask yet.
-            allowed: allowed.iter().filter(|net| own(net)).copied().collect(),
+            allowed: allowed.iter().filter(|net| its_own(net)).copied().collect(),
             jailed: node.is_jailed,
+            masquerade,
         })
     }
 }
@@ -69,13 +78,10 @@ impl MapView {
     /// Reduces `netmap`.
     #[must_use]
     pub fn of(netmap: &Netmap) -> Self {
-        let peers = netmap.peers().values().filter_map(|node| PeerView::of(node)).map(|view| (view.node, view));
-        Self {
-            addresses: netmap.node().map(|node| node.addresses.clone()).unwrap_or_default(),
-            peers: peers.collect(),
-            derp: Arc::clone(netmap.derp_map()),
-            filter: netmap.filter(),
-        }
+        let addresses = netmap.node().map(|node| node.addresses.clone()).unwrap_or_default();
+        let views = netmap.peers().values().filter_map(|node| PeerView::of(node, &addresses));
+        let peers = views.map(|view| (view.node, view)).collect();
+        Self { addresses, peers, derp: Arc::clone(netmap.derp_map()), filter: netmap.filter() }
     }
 
     /// Our own addresses without their prefix lengths.
@@ -86,5 +92,26 @@ impl MapView {
     /// Everything that is routed to peers.
     pub fn routes(&self) -> impl Iterator<Item = IpNet> {
         self.peers.values().flat_map(|peer| peer.allowed.iter().copied())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_knows_us_by_another_address_is_shown_it() {
+        let addresses: Vec<IpNet> = vec!["100.64.0.1/32".parse().unwrap(), "fd7a::1/128".parse().unwrap()];
+        let node = |shown: Option<&str>| Node {
+            home_derp: RegionId::new(1),
+            self_node_v4_masq_addr: shown.map(|shown| shown.parse().unwrap()),
+            ..Node::default()
+        };
+        let plain = PeerView::of(&node(None), &addresses).unwrap();
+        assert!(plain.masquerade.is_empty());
+        let shown = PeerView::of(&node(Some("100.99.0.5")), &addresses).unwrap();
+        let [own, shown_address] = ["100.64.0.1", "100.99.0.5"].map(|address| address.parse::<IpAddr>().unwrap());
+        assert_eq!(shown.masquerade, Masquerade::new().show(own, shown_address));
+        assert!(shown.routing_differs(&plain), "the data plane hears of it");
     }
 }

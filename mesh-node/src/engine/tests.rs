@@ -12,6 +12,7 @@ use mesh_nat::stun::responder::{Audience, Responder};
 use mesh_noise::key::DiscoPrivate;
 use mesh_noise::wireguard::message::{self, MessageKind};
 use mesh_noise::wireguard::{Session, Timing};
+use mesh_tun::masquerade::Masquerade;
 
 /// Some moment; tests count from here.
 #[expect(clippy::disallowed_methods, reason = "virtual time needs one real instant to start from")]
@@ -124,6 +125,7 @@ impl World {
                 endpoints: host.engine.endpoints().iter().map(|endpoint| endpoint.address).collect(),
                 allowed: vec![host.overlay],
                 jailed: false,
+                masquerade: Masquerade::default(),
             })
             .collect();
         for index in 0..self.hosts.len() {

@@ -109,6 +109,15 @@ fn sctp_must_be_named_and_other_protocols_need_all_ports() {
 }
 
 #[test]
+fn only_our_own_addresses_are_sources_once_they_are_known() {
+    let filter = filter(&[]);
+    for (source, ours) in [("100.64.0.1", true), ("100.64.0.7", true), ("fd7a::1", true), ("100.64.0.2", false)] {
+        assert_eq!(filter.owns(ip(source)), ours, "{source}");
+        assert!(Filter::open(flows()).owns(ip(source)) && Filter::closed(flows()).owns(ip(source)));
+    }
+}
+
+#[test]
 fn only_our_own_addresses_are_destinations() {
     let filter = filter(&[rule("*", "*", ALL_PORTS, &[])]);
     for (destination, reason) in [
