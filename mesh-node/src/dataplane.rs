@@ -66,6 +66,7 @@ pub use workers::Workers;
 use counters::DropCounters;
 use peer::PeerCell;
 use sessions::{SessionCell, Sessions};
+use transmit::Transmitter;
 
 /// Packets moved in one go: two super-packets of 64 KiB from a TUN device, few enough to stay in the cache.
 const BATCH: usize = 128;
@@ -227,6 +228,8 @@ struct Shared {
     device: Arc<dyn Device>,
     /// The device and its further queues: one for each TX thread to read, and for RX threads to write to by turns.
     queues: Vec<Arc<dyn Device>>,
+    /// What reads each of them, one thread at a time.
+    transmitters: Vec<Mutex<Transmitter>>,
     sockets: ArcSwap<Vec<NumberedSocket>>,
     relay: Arc<dyn RelaySink>,
     injected: SyncSender<Injected>,
@@ -251,9 +254,13 @@ impl Dataplane {
         let Config { device, sockets, relay, flow_seed, clock, workers } = config;
         let (notices, receiver) = mpsc::channel(NOTICES);
         let (injected, relayed) = sync_channel(RELAY_QUEUE);
+        let queues: Vec<_> = std::iter::once(Arc::clone(&device)).chain(device.queues()).collect();
+        let batch = || Batch::new(BATCH, device.packet_size());
+        let transmitters = (0..queues.len()).map(|queue| Mutex::new(Transmitter::new(queue, batch()))).collect();
         let shared = Arc::new_cyclic(|me| Shared {
             me: Weak::clone(me),
-            queues: std::iter::once(Arc::clone(&device)).chain(device.queues()).collect(),
+            queues,
+            transmitters,
             device,
             sockets: ArcSwap::default(),
             relay,
@@ -561,6 +568,11 @@ impl Shared {
     /// The queue that the RX thread with this number writes to.
     fn queue_of(&self, number: usize) -> &dyn Device {
         &*self.queues[number % self.queues.len()]
+    }
+
+    /// A batch that a panic interrupted is cleared before it is used again.
+    fn transmitter(&self, queue: usize) -> MutexGuard<'_, Transmitter> {
+        self.transmitters[queue].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn new_batch(&self) -> Batch {

@@ -54,8 +54,29 @@ pub trait Device: Send + Sync + Debug {
         Vec::new()
     }
 
+    /// How to wait for packets apart from reading them, if the device can.
+    fn waits(&self) -> Option<&dyn Waits> {
+        None
+    }
+
     /// Ends the device for all threads: blocked readers wake at once.
     fn close(&self);
+}
+
+/// A device whose readers wait without reading, so that whoever is awake may read.
+///
+/// A thread that writes often makes the device readable by that: the host answers at once. It then reads the answer
+/// itself, sooner than another thread would wake up.
+pub trait Waits {
+    /// Returns once there may be a packet to read, or after `timeout`.
+    ///
+    /// # Errors
+    /// As [`Device::read_batch`].
+    fn wait(&self, timeout: Duration) -> io::Result<()>;
+
+    /// Leaves those who wait asleep although packets come, or no longer. Whoever hushes a device reads from it, and
+    /// always takes the hush off again: what is left then wakes those who wait.
+    fn hush(&self, hushed: bool);
 }
 
 /// The error that a closed device answers with.

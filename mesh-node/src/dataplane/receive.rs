@@ -144,9 +144,13 @@ impl<'a> Opener<'a> {
             self.refuse_replays();
             self.note_activity(origins);
             let passed = self.judge(batch);
+            let lent = if passed > 0 { transmit::Lent::take(self.shared) } else { None };
             match self.shared.queue_of(self.number).write_batch(batch) {
                 Ok(taken) => self.shared.drops.add(DropReason::DeviceRefused, passed.saturating_sub(taken)),
                 Err(_) => self.shared.drops.add(DropReason::DeviceRefused, passed),
+            }
+            if let Some(lent) = lent {
+                lent.step_and_return();
             }
         }
         self.opened.clear();

@@ -3,12 +3,13 @@
 use std::io;
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
-use arc_swap::Guard;
 use mesh_nat::Path;
 use mesh_noise::wireguard::{HEADER_LEN, Session, padded_len};
 use mesh_tun::batch::Batch;
+use mesh_tun::device::Waits;
 use mesh_tun::filter::Filter;
 use mesh_tun::linux::udp::{Outgoing, UdpBatch};
 use mesh_tun::mtu;
@@ -21,10 +22,22 @@ use super::{DropReason, IDLE, Notice, NumberedSocket, Shared};
 
 /// Carries packets from a queue of the device until it is closed.
 pub(super) fn run(shared: &Shared, queue: usize) {
-    let mut transmitter = Transmitter::new(shared, queue, shared.new_batch());
-    transmitter.handover = Handover::new(shared);
+    shared.transmitter(queue).handover = Handover::new(shared);
+    let waits = shared.queues[queue].waits();
     while !shared.is_stopped() {
-        if let Err(error) = transmitter.step() {
+        // A device that lets us wait apart is read by whoever has the transmitter: see `Lent`.
+        let patience = if waits.is_some() { Duration::ZERO } else { IDLE };
+        let read = {
+            let mut transmitter = shared.transmitter(queue);
+            let read = transmitter.step(shared, patience);
+            transmitter.handover.note(shared, *read.as_ref().unwrap_or(&0));
+            read
+        };
+        let outcome = match (read, waits) {
+            (Ok(0), Some(device)) => device.wait(IDLE),
+            (read, _) => read.map(drop),
+        };
+        if let Err(error) = outcome {
             if error.kind() != io::ErrorKind::BrokenPipe {
                 shared.notify(Notice::Failed { what: format!("device: {error}") });
             }
@@ -33,12 +46,43 @@ pub(super) fn run(shared: &Shared, queue: usize) {
     }
 }
 
+/// The transmitter in the hands of a thread that is about to write to the device, while the TX thread is left asleep.
+///
+/// Most of what is written is answered at once, by the host's network stack within the very call. The thread that wrote
+/// reads the answers and sends them, which saves waking the TX thread for them: the longest part of a ping's way.
+pub(super) struct Lent<'a> {
+    shared: &'a Shared,
+    device: &'a dyn Waits,
+    transmitter: MutexGuard<'a, Transmitter>,
+}
+
+impl<'a> Lent<'a> {
+    /// None if the TX thread is at work or has help, or the device knows no waiting. With several queues nobody knows
+    /// which one the answer will be in.
+    pub(super) fn take(shared: &'a Shared) -> Option<Self> {
+        let ([queue], [transmitter]) = (&*shared.queues, &*shared.transmitters) else { return None };
+        let device = queue.waits()?;
+        let transmitter = transmitter.try_lock().ok().filter(|transmitter| !transmitter.handover.is_on())?;
+        device.hush(true);
+        Some(Self { shared, device, transmitter })
+    }
+
+    /// Sends what can be read by now, a batch at most; the TX thread goes on with the rest.
+    pub(super) fn step_and_return(mut self) {
+        // A device that has failed says so to the TX thread too.
+        let _ = self.transmitter.step(self.shared, Duration::ZERO);
+        let (device, transmitter) = (self.device, self.transmitter);
+        drop(transmitter);
+        device.hush(false);
+    }
+}
+
 /// Sends what is parked for `peer` on `session`, and from then on everything.
 ///
 /// The queue stays locked meanwhile: a packet that the TX thread wants to park waits, and then finds the session.
 pub(super) fn release(shared: &Shared, peer: &Arc<PeerCell>, session: &Arc<Session>) {
     let mut parked = peer.parked();
-    let mut transmitter = Transmitter::new(shared, 0, parked.drain());
+    let mut transmitter = Transmitter::new(0, parked.drain());
     let count = transmitter.batch.len();
     if count > 0 {
         if peer.limit() != usize::MAX {
@@ -47,8 +91,9 @@ pub(super) fn release(shared: &Shared, peer: &Arc<PeerCell>, session: &Arc<Sessi
             }
         }
         if let Some(first) = session.reserve(count as u64) {
-            transmitter.send_run(peer, session, first, 0..count, shared.now_ms());
-            transmitter.flush();
+            let sockets = shared.sockets.load();
+            transmitter.send_run(shared, &sockets, (peer, session, first), 0..count, shared.now_ms());
+            transmitter.dispatch(shared, &sockets).flush();
         } else {
             shared.drops.add(DropReason::NoSession, count);
         }
@@ -63,15 +108,11 @@ fn ends(batch: &Batch, index: usize) -> (Option<IpAddr>, Option<IpAddr>) {
 }
 
 /// A batch on its way from the device to sockets and relay.
-struct Transmitter<'a> {
-    shared: &'a Shared,
+pub(super) struct Transmitter {
     /// Which queue of the device is read, and which socket of an address is sent by.
     queue: usize,
     batch: Batch,
-    sockets: Guard<Arc<Vec<NumberedSocket>>>,
-    /// What `sockets` is while the device is idle.
-    no_sockets: Arc<Vec<NumberedSocket>>,
-    /// By position in `sockets`.
+    /// By position among the sockets.
     outgoing: Vec<Vec<Outgoing>>,
     fit: Fit,
     handover: Handover<Outbound>,
@@ -79,26 +120,23 @@ struct Transmitter<'a> {
     runs: Vec<Run>,
 }
 
-impl<'a> Transmitter<'a> {
-    fn new(shared: &'a Shared, queue: usize, batch: Batch) -> Self {
-        let sockets = shared.sockets.load();
-        let outgoing = sockets.iter().map(|_| Vec::with_capacity(batch.capacity())).collect();
-        let (fit, handover, runs) = (Fit::default(), Handover::never(), Vec::new());
-        Self { shared, queue, batch, sockets, no_sockets: Arc::default(), outgoing, fit, handover, runs }
+impl Transmitter {
+    pub(super) fn new(queue: usize, batch: Batch) -> Self {
+        let (fit, handover) = (Fit::default(), Handover::never());
+        Self { queue, batch, outgoing: Vec::new(), fit, handover, runs: Vec::new() }
     }
 
-    /// One batch.
-    fn step(&mut self) -> io::Result<()> {
+    /// One batch, waiting up to `patience` for it. Returns how many packets that were.
+    fn step(&mut self, shared: &Shared, patience: Duration) -> io::Result<usize> {
         self.batch.clear();
-        let count = self.shared.queues[self.queue].read_batch(&mut self.batch, IDLE)?;
-        self.handover.note(self.shared, count);
+        let count = shared.queues[self.queue].read_batch(&mut self.batch, patience)?;
         if count == 0 {
-            return Ok(());
+            return Ok(0);
         }
-        self.sockets = self.shared.sockets.load();
-        let now_ms = self.shared.now_ms();
-        let routes = self.shared.routes.load();
-        let filter = self.shared.filter.load();
+        let sockets = shared.sockets.load();
+        let now_ms = shared.now_ms();
+        let routes = shared.routes.load();
+        let filter = shared.filter.load();
         let route = |batch: &Batch, index: usize| {
             let (Some(source), Some(destination)) = ends(batch, index) else { return Err(DropReason::Malformed) };
             let peer = routes.lookup(destination).ok_or(DropReason::NoPeer)?;
@@ -114,7 +152,7 @@ impl<'a> Transmitter<'a> {
             let peer = match route(&self.batch, start) {
                 Ok(peer) => peer,
                 Err(reason) => {
-                    self.shared.drops.add(reason, 1);
+                    shared.drops.add(reason, 1);
                     start += 1;
                     continue;
                 }
@@ -128,7 +166,7 @@ impl<'a> Transmitter<'a> {
             let mut end = (start + 1..count).find(|index| !same(*index)).unwrap_or(count);
             let limit = peer.limit();
             if limit != usize::MAX {
-                end = self.fit.limit(self.shared, &mut self.batch, start..end, limit, now_ms);
+                end = self.fit.limit(shared, &mut self.batch, start..end, limit, now_ms);
                 if end == start {
                     continue;
                 }
@@ -139,20 +177,18 @@ impl<'a> Transmitter<'a> {
                     masquerade.outgoing(self.batch.packet_mut(index));
                 }
             }
-            if let Some((session, first)) = peer.reserve(end - start).or_else(|| self.park(peer, start..end)) {
+            if let Some((session, first)) = peer.reserve(end - start).or_else(|| self.park(shared, peer, start..end)) {
                 if self.handover.is_on() {
                     self.runs.push(Run { peer: Arc::clone(peer), session, first, range: start..end, bytes: 0 });
                 } else {
-                    self.send_run(peer, &session, first, start..end, now_ms);
+                    self.send_run(shared, &sockets, (peer, &session, first), start..end, now_ms);
                 }
             }
             start = end;
         }
-        self.hand_over();
-        self.flush();
-        // Holding on to old sockets would keep closed ones open while the device is idle.
-        self.sockets = Guard::from_inner(Arc::clone(&self.no_sockets));
-        Ok(())
+        self.hand_over(shared);
+        self.dispatch(shared, &sockets).flush();
+        Ok(count)
     }
 
     /// Lets answers to these packets in.
@@ -161,15 +197,15 @@ impl<'a> Transmitter<'a> {
             if let Ok(packet) = Packet::parse(self.batch.packet(index))
                 && matches!(packet.transport, Transport::Udp { .. } | Transport::Sctp { .. })
             {
-                filter.note_outbound(&packet, std::time::Duration::from_millis(now_ms));
+                filter.note_outbound(&packet, Duration::from_millis(now_ms));
             }
         }
     }
 
     /// Lets a worker seal and send the batch, if there is anything in it.
-    fn hand_over(&mut self) {
+    fn hand_over(&mut self, shared: &Shared) {
         if !self.runs.is_empty() {
-            let (shared, queue) = (self.shared, self.queue);
+            let queue = self.queue;
             let mut job = self.handover.job(|| Outbound::new(shared, queue));
             std::mem::swap(&mut job.batch, &mut self.batch);
             std::mem::swap(&mut job.runs, &mut self.runs);
@@ -178,33 +214,35 @@ impl<'a> Transmitter<'a> {
     }
 
     /// Keeps packets until there is a session, unless there is one by now.
-    fn park(&self, peer: &Arc<PeerCell>, run: Range<usize>) -> Option<(Arc<Session>, u64)> {
+    fn park(&self, shared: &Shared, peer: &Arc<PeerCell>, run: Range<usize>) -> Option<(Arc<Session>, u64)> {
         // What is parked leaves on its own, and must not pass what was read before.
-        self.handover.settle(self.shared);
+        self.handover.settle(shared);
         let mut parked = peer.parked();
         if let Some(reserved) = peer.reserve(run.len()) {
             return Some(reserved);
         }
         let pushed_out = run.filter(|index| parked.push(self.batch.packet(*index))).count();
-        self.shared.drops.add(DropReason::NoSession, pushed_out);
-        parked.tell(|| self.shared.notify(Notice::WantSession { peer: peer.key() }));
+        shared.drops.add(DropReason::NoSession, pushed_out);
+        parked.tell(|| shared.notify(Notice::WantSession { peer: peer.key() }));
         None
     }
 
-    /// Seals the packets of a run and hands them to the peer's path; direct ones leave with [`Transmitter::flush`].
-    fn send_run(&mut self, peer: &PeerCell, session: &Session, first: u64, run: Range<usize>, now_ms: u64) {
-        let limit = self.shared.device.mtu().min(peer.limit());
+    /// Seals the packets of a run and hands them to the peer's path; direct ones leave with [`Dispatch::flush`].
+    fn send_run(
+        &mut self,
+        shared: &Shared,
+        sockets: &[NumberedSocket],
+        (peer, session, first): (&PeerCell, &Session, u64),
+        run: Range<usize>,
+        now_ms: u64,
+    ) {
+        let limit = shared.device.mtu().min(peer.limit());
         let bytes = seal_run(&mut self.batch, session, first, run.clone(), limit);
-        self.dispatch().forward_run(peer, session, run, bytes, now_ms);
+        self.dispatch(shared, sockets).forward_run(peer, session, run, bytes, now_ms);
     }
 
-    /// Sends what has gathered for the sockets.
-    fn flush(&mut self) {
-        self.dispatch().flush();
-    }
-
-    fn dispatch(&mut self) -> Dispatch<'_> {
-        Dispatch::new(self.shared, self.queue, &self.batch, &self.sockets, &mut self.outgoing)
+    fn dispatch<'a>(&'a mut self, shared: &'a Shared, sockets: &'a [NumberedSocket]) -> Dispatch<'a> {
+        Dispatch::new(shared, self.queue, &self.batch, sockets, &mut self.outgoing)
     }
 }
 

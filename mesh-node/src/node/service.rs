@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_tun::batch::Batch;
-use mesh_tun::device::Device;
+use mesh_tun::device::{Device, Waits};
 
 use crate::dns::{Interceptor, Names, is_service_packet};
 
@@ -71,6 +71,10 @@ impl Device for ServiceDevice {
     fn queues(&self) -> Vec<Arc<dyn Device>> {
         let queue = |inner| Arc::new(Self { inner, interceptor: Arc::clone(&self.interceptor) }) as Arc<dyn Device>;
         self.inner.queues().into_iter().map(queue).collect()
+    }
+
+    fn waits(&self) -> Option<&dyn Waits> {
+        self.inner.waits()
     }
 
     fn close(&self) {

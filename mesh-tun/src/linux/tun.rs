@@ -13,10 +13,10 @@ use std::time::Duration;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use super::sys;
-use super::wait::{Closer, Woken};
+use super::wait::{Closer, Watch, Woken};
 use crate::Error;
 use crate::batch::Batch;
-use crate::device::{Device, closed};
+use crate::device::{Device, Waits, closed};
 use crate::offload::coalesce::{Group, MAX_JOINED};
 use crate::offload::{self, Coalescer, Header, Segments};
 
@@ -94,6 +94,7 @@ pub struct Tun {
     device: Arc<SyncDevice>,
     /// Written to: the same, or with several queues one for all that is not read.
     outlet: Arc<SyncDevice>,
+    watch: Watch,
     shared: Arc<Interface>,
     name: String,
     index: u32,
@@ -214,7 +215,8 @@ impl Tun {
         let packet_size = config.packet_size.unwrap_or(config.mtu).max(config.mtu).into();
         let queue = |device: Arc<SyncDevice>, queues| {
             let buffer = vec![0; if device.tcp_gso() { offload::HEADER_LEN + offload::MAX_PACKET } else { 0 }].into();
-            Self {
+            Ok::<_, io::Error>(Self {
+                watch: Watch::new(device.as_fd(), &shared.closer)?,
                 device,
                 outlet: Arc::clone(&outlet),
                 shared: Arc::clone(&shared),
@@ -225,10 +227,11 @@ impl Tun {
                 queues,
                 reader: Mutex::new(Reader { buffer, rest: None }),
                 writer: Mutex::default(),
-            }
+            })
         };
-        let others = readers.into_iter().map(|reader| Arc::new(queue(reader, Vec::new()))).collect();
-        Ok(queue(first, others))
+        let others = readers.into_iter().map(|reader| queue(reader, Vec::new()).map(Arc::new));
+        let whole = others.collect::<io::Result<_>>().and_then(|others| queue(first, others));
+        whole.map_err(|error| Error::system(what(), error))
     }
 
     /// Which super-packets are moved: what was asked for, or less where the kernel knows less.
@@ -361,7 +364,10 @@ impl Device for Tun {
         if count > 0 || batch.is_full() {
             return if self.shared.closer.is_closed() { Err(closed()) } else { Ok(count) };
         }
-        match self.shared.closer.readable(self.device.as_fd(), timeout)? {
+        if timeout.is_zero() {
+            return if self.shared.closer.is_closed() { Err(closed()) } else { Ok(0) };
+        }
+        match self.watch.wait(timeout)? {
             Woken::Closed => Err(closed()),
             Woken::TimedOut => Ok(0),
             Woken::Ready => self.drain(batch),
@@ -408,11 +414,29 @@ impl Device for Tun {
         self.shared.closer.close();
     }
 }
+    fn waits(&self) -> Option<&dyn Waits> {
+        Some(self)
+    }
+
 
 impl std::fmt::Debug for Tun {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tun").field("name", &self.name).field("index", &self.index).finish_non_exhaustive()
     }
+impl Waits for Tun {
+    fn wait(&self, timeout: Duration) -> io::Result<()> {
+        match self.watch.wait(timeout)? {
+            Woken::Closed => Err(closed()),
+            Woken::Ready | Woken::TimedOut => Ok(()),
+        }
+    }
+
+    fn hush(&self, hushed: bool) {
+        // Changing what is watched for fails only if it is not watched, and it is from the beginning.
+        let _ = self.watch.hush(self.device.as_fd(), hushed);
+    }
+}
+
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 
 /// Ends every wait on it, now and later.
 #[derive(Debug)]
@@ -65,6 +65,42 @@ impl Closer {
     }
 }
 
+/// Waits for one descriptor, and can be told to leave its readers asleep.
+#[derive(Debug)]
+pub(super) struct Watch {
+    epoll: OwnedFd,
+}
+
+impl Watch {
+    const CLOSED: u64 = 0;
+    const READABLE: u64 = 1;
+
+    /// Watches `fd`, until `closer` ends all waiting.
+    pub(super) fn new(fd: BorrowedFd<'_>, closer: &Closer) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &closer.event, epoll::EventData::new_u64(Self::CLOSED), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, fd, epoll::EventData::new_u64(Self::READABLE), epoll::EventFlags::IN)?;
+        Ok(Self { epoll })
+    }
+
+    pub(super) fn wait(&self, timeout: Duration) -> io::Result<Woken> {
+        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 2];
+        let timeout = Timespec::try_from(timeout).ok();
+        match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => Ok(Woken::TimedOut),
+            Ok(count) if events[..count].iter().any(|event| event.data.u64() == Self::CLOSED) => Ok(Woken::Closed),
+            Ok(_) => Ok(Woken::Ready),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Leaves waiters asleep whatever `fd` does, or wakes them again, at once if it is readable by now.
+    pub(super) fn hush(&self, fd: BorrowedFd<'_>, hushed: bool) -> io::Result<()> {
+        let interest = if hushed { epoll::EventFlags::empty() } else { epoll::EventFlags::IN };
+        Ok(epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(Self::READABLE), interest)?)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,5 +118,20 @@ mod tests {
         }
         assert_eq!(other.readable(closer.event.as_fd(), Duration::ZERO).unwrap(), Woken::Ready);
         assert_eq!(Closer::new().unwrap().readable(other.event.as_fd(), Duration::ZERO).unwrap(), Woken::TimedOut);
+    }
+
+    #[test]
+    fn a_hushed_descriptor_wakes_nobody_until_the_hush_is_off() {
+        let (closer, ready) = (Closer::new().unwrap(), Closer::new().unwrap());
+        let watch = Watch::new(ready.event.as_fd(), &closer).unwrap();
+        assert_eq!(watch.wait(Duration::ZERO).unwrap(), Woken::TimedOut);
+        watch.hush(ready.event.as_fd(), true).unwrap();
+        ready.close();
+        assert_eq!(watch.wait(Duration::ZERO).unwrap(), Woken::TimedOut);
+        watch.hush(ready.event.as_fd(), false).unwrap();
+        assert_eq!(watch.wait(Duration::from_secs(60)).unwrap(), Woken::Ready);
+        watch.hush(ready.event.as_fd(), true).unwrap();
+        closer.close();
+        assert_eq!(watch.wait(Duration::from_secs(60)).unwrap(), Woken::Closed);
     }
 }
