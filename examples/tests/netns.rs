@@ -249,6 +249,28 @@ fn peers_may_change_their_address_on_either_side() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_full_device_queue_slows_a_local_sender_and_loses_nothing() {
+    let Net { ours, theirs, _lab } = &Net::new("queue", [Program::Ours, Program::Ours]);
+    ours.add_peer(theirs, 2, true);
+    theirs.add_peer(ours, 1, false);
+    ours.host.sh(&format!("ip link set {} txqueuelen 4", ours.interface));
+    let resent = || -> u64 {
+        let counters = ours.host.sh("cat /proc/net/snmp");
+        let rows: Vec<Vec<&str>> =
+            counters.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split(' ').collect()).collect();
+        let column = rows[0].iter().position(|name| *name == "RetransSegs").unwrap();
+        rows[1][column].parse().unwrap()
+    };
+    assert_eq!(ping(&ours.host, "10.9.0.2", 3, "0.2"), 3);
+    let before = resent();
+    let rate = tcp(&ours.host, &theirs.host, "10.9.0.2", "-t 3");
+    // Behind a queueing discipline, four packets of room cost tens of thousands of segments in the same time.
+    let lost = resent() - before;
+    assert!(lost < 1000, "{lost} segments sent again at {rate:.0} Mbit/s");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn wg_quick_brings_an_interface_up_and_down() {
     if Path::new("/sys/module/wireguard").exists() {
         println!("SKIPPED: this kernel has WireGuard, so wg-quick would not start a userspace implementation");

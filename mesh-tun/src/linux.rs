@@ -2,10 +2,12 @@
 
 #[cfg(feature = "tokio")]
 pub mod interfaces;
+mod kernel;
 #[cfg(feature = "tokio")]
 pub mod monitor;
 #[cfg(feature = "tokio")]
 pub mod netlink;
+mod qdisc;
 pub mod queues;
 mod sys;
 pub mod tun;

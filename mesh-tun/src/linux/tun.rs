@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use super::sys;
 use super::wait::{Closer, Watch, Woken};
+use super::{qdisc, sys};
 use crate::Error;
 use crate::batch::Batch;
 use crate::device::{Device, Waits, closed};
@@ -190,6 +190,10 @@ impl Tun {
             Ok::<_, io::Error>((others, Closer::new()?, device.name()?, device.if_index()?))
         };
         let (mut readers, closer, name, index) = finish().map_err(|error| Error::system(what(), error))?;
+        if qdisc::is_blind() {
+            // Refused, all works as well; only a full queue costs more.
+            let _ = qdisc::remove(index);
+        }
         let offload = match device.tcp_gso() {
             true => [Offload::Full, Offload::Tcp].into_iter().find(|offload| {
                 *offload <= config.offload && sys::set_tun_offload(device.as_fd(), offload.mask()).is_ok()
@@ -410,19 +414,15 @@ impl Device for Tun {
         self.queues.iter().map(|queue| Arc::clone(queue) as Arc<dyn Device>).collect()
     }
 
-    fn close(&self) {
-        self.shared.closer.close();
-    }
-}
     fn waits(&self) -> Option<&dyn Waits> {
         Some(self)
     }
 
-
-impl std::fmt::Debug for Tun {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tun").field("name", &self.name).field("index", &self.index).finish_non_exhaustive()
+    fn close(&self) {
+        self.shared.closer.close();
     }
+}
+
 impl Waits for Tun {
     fn wait(&self, timeout: Duration) -> io::Result<()> {
         match self.watch.wait(timeout)? {
@@ -437,6 +437,10 @@ impl Waits for Tun {
     }
 }
 
+impl std::fmt::Debug for Tun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tun").field("name", &self.name).field("index", &self.index).finish_non_exhaustive()
+    }
 }
 
 #[cfg(test)]
