@@ -21,8 +21,8 @@ use std::time::Duration;
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::sys;
 use super::wait::{Closer, Woken};
+use super::{kernel, sys};
 use crate::Error;
 use crate::batch::Batch;
 use crate::device::closed;
@@ -34,9 +34,15 @@ const SEND_PATIENCE: Duration = Duration::from_millis(20);
 const MAX_SEGMENTS: usize = 64;
 const MAX_SEGMENTED: usize = 65_000;
 
-/// Buffers with [`Config::gather`], and the bytes of each: whatever the kernel joins fits.
-const GATHERED: usize = 16;
+/// Buffers with [`Config::gather`], and the bytes of each: whatever the kernel joins fits. Memory is touched only as far
+/// as something was received there.
+const GATHERED: usize = sys::MAX_MESSAGES;
 const GATHERED_SIZE: usize = 1 << 16;
+
+/// About as many bytes are received in one call: what is worked on at once stays in the cache, and what came first goes
+/// on before the last is looked at.
+const RECEIVED_AT_ONCE: usize = 128 << 10;
+const MIN_OFFERED: usize = 2;
 
 /// What the kernel is trusted with when it segments for us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,14 +60,10 @@ impl Segmentation {
     /// What the running kernel does right.
     #[must_use]
     pub fn of_this_kernel() -> Self {
-        std::fs::read_to_string("/proc/sys/kernel/osrelease").map_or(Self::Full, |release| Self::of_kernel(&release))
+        kernel::running().map_or(Self::Full, Self::of_kernel)
     }
 
-    /// What the kernel with this release (`uname -r`) does right.
-    fn of_kernel(release: &str) -> Self {
-        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-        let mut next = || numbers.next().unwrap_or(0_u32);
-        let version = (next(), next(), next());
+    fn of_kernel(version: kernel::Version) -> Self {
         if ((7, 0, 0)..=(7, 1, 4)).contains(&version) { Self::Equal } else { Self::Full }
     }
 
@@ -171,6 +173,8 @@ pub struct RecvBatch {
     sources: Vec<SocketAddr>,
     datagram_size: usize,
     truncated: u64,
+    /// How many buffers the next call gets: fewer while the kernel joins much.
+    offered: usize,
 }
 
 /// One datagram of a [`Batch`] and where it shall go.
@@ -467,7 +471,7 @@ impl RecvBatch {
 
     fn with(batch: Batch, datagram_size: usize) -> Self {
         let sources = Vec::with_capacity(batch.capacity() * MAX_SEGMENTS);
-        Self { batch, sources, datagram_size, truncated: 0 }
+        Self { batch, sources, datagram_size, truncated: 0, offered: MIN_OFFERED }
     }
 
     /// The datagrams, to be opened in place.
@@ -517,12 +521,14 @@ impl RecvBatch {
     fn fill(&mut self, socket: &Socket) -> io::Result<usize> {
         let mut messages = [None; sys::MAX_MESSAGES];
         let mut filled = messages.iter_mut();
-        let count = sys::recvmmsg(socket.as_fd(), self.batch.vacancies(), |received| {
+        let count = sys::recvmmsg(socket.as_fd(), self.batch.vacancies().take(self.offered), |received| {
             if let Some(slot) = filled.next() {
                 *slot = Some(received);
             }
         })?;
         let before = self.batch.len();
+        let bytes: usize = messages.iter().flatten().map(|received| received.len).sum();
+        self.offered = (RECEIVED_AT_ONCE * count / bytes.max(1)).clamp(MIN_OFFERED, GATHERED);
         for received in messages.into_iter().take(count).flatten() {
             let segment = received.segment.unwrap_or(received.len).min(received.len);
             let whole = !received.truncated && segment <= self.datagram_size;
@@ -685,7 +691,7 @@ mod tests {
             ("7.2.0", Segmentation::Full),
             ("", Segmentation::Full),
         ] {
-            assert_eq!(Segmentation::of_kernel(release), expected, "{release}");
+            assert_eq!(Segmentation::of_kernel(kernel::version(release)), expected, "{release}");
         }
     }
 
