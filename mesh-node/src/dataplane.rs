@@ -218,7 +218,7 @@ type NumberedSocket = (SocketId, Arc<UdpBatch>);
 /// A peer and the prefixes last given to it.
 struct Known {
     cell: Arc<PeerCell>,
-    allowed_ips: Vec<IpNet>,
+    allowed_ips: Box<[IpNet]>,
 }
 
 /// What the threads read.
@@ -300,13 +300,13 @@ impl Dataplane {
         for config in configs {
             let known = peers
                 .entry(config.key)
-                .or_insert_with(|| Known { cell: Arc::new(PeerCell::new(config.key)), allowed_ips: Vec::new() });
+                .or_insert_with(|| Known { cell: Arc::new(PeerCell::new(config.key)), allowed_ips: Box::default() });
             known.cell.set_standing(config.standing);
             known.leave(&mut routes, &config.allowed_ips);
             for prefix in &config.allowed_ips {
                 routes.insert(*prefix, Arc::clone(&known.cell));
             }
-            known.allowed_ips.clone_from(&config.allowed_ips);
+            known.allowed_ips = config.allowed_ips.as_slice().into();
         }
         self.shared.routes.store(Arc::new(routes));
     }

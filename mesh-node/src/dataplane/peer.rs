@@ -58,7 +58,8 @@ pub(super) struct PeerCell {
 /// Packets that wait for a session.
 #[derive(Debug, Default)]
 pub(super) struct Parked {
-    packets: VecDeque<Vec<u8>>,
+    #[expect(clippy::box_collection, reason = "most peers park nothing, and a pointer is a quarter of the queue")]
+    packets: Option<Box<VecDeque<Vec<u8>>>>,
     /// Whether the engine has been told.
     told: bool,
 }
@@ -174,7 +175,7 @@ impl PeerCell {
     pub(super) fn drop_parked(&self) -> usize {
         let mut parked = self.parked();
         parked.told = false;
-        parked.packets.drain(..).count()
+        parked.packets.take().map_or(0, |packets| packets.len())
     }
 
     pub(super) fn traffic(&self) -> PeerTraffic {
@@ -201,20 +202,22 @@ impl PeerCell {
 impl Parked {
     /// Keeps a copy; true if the oldest had to go for it.
     pub(super) fn push(&mut self, packet: &[u8]) -> bool {
-        let full = self.packets.len() == PARKED;
+        let packets = self.packets.get_or_insert_default();
+        let full = packets.len() == PARKED;
         if full {
-            self.packets.pop_front();
+            packets.pop_front();
         }
-        self.packets.push_back(packet.to_vec());
+        packets.push_back(packet.to_vec());
         full
     }
 
     /// Takes everything, oldest first.
     pub(super) fn drain(&mut self) -> Batch {
-        let longest = self.packets.iter().map(Vec::len).max().unwrap_or(0);
-        let mut batch = Batch::new(self.packets.len(), longest);
-        for packet in self.packets.drain(..) {
-            let fits = batch.push(&packet);
+        let packets = self.packets.take().unwrap_or_default();
+        let longest = packets.iter().map(Vec::len).max().unwrap_or(0);
+        let mut batch = Batch::new(packets.len(), longest);
+        for packet in packets.iter() {
+            let fits = batch.push(packet);
             debug_assert!(fits, "there is a slot for each, as long as the longest");
         }
         batch
