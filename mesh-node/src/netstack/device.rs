@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_tun::batch::Batch;
-use mesh_tun::device::{Device, closed};
+use mesh_tun::device::{Device, Waits, closed};
 
 use super::driver::Shared;
 use super::parcel::LONGEST;
@@ -64,7 +64,23 @@ impl Device for StackDevice {
         self.shared.mtu()
     }
 
+    fn waits(&self) -> Option<&dyn Waits> {
+        Some(self)
+    }
+
     fn close(&self) {
         self.shared.close();
+    }
+}
+
+/// What the stack answers to packets is sent by the thread that brought them.
+impl Waits for StackDevice {
+    fn wait(&self, timeout: Duration) -> io::Result<()> {
+        self.shared.wait_for_packets(timeout);
+        Ok(())
+    }
+
+    fn hush(&self, hushed: bool) {
+        self.shared.hush(hushed);
     }
 }

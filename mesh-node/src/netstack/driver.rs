@@ -175,6 +175,7 @@ impl Handle {
             outbox_ready: Condvar::new(),
             outbox_len: AtomicUsize::new(0),
             reader: Mutex::new(Reader::default()),
+            unread: AtomicBool::new(false),
             wakes_at: Mutex::new(None),
             closed: AtomicBool::new(false),
             received: AtomicU64::new(0),
@@ -218,6 +219,8 @@ struct Outbox {
     used: Vec<Vec<u8>>,
     /// The device side waits for packets.
     awaited: bool,
+    /// It is to be left waiting: somebody else reads.
+    hushed: bool,
     /// The stack waits for room.
     starved: bool,
     /// Nothing more will come.
@@ -246,6 +249,8 @@ pub(super) struct Shared {
     outbox_len: AtomicUsize,
     /// One thread reads; the lock is for those that do not keep to it.
     reader: Mutex<Reader>,
+    /// Whether the reader has kept something; written under its lock.
+    unread: AtomicBool,
     /// The timer that the thread sleeps for; written under the stack's lock.
     wakes_at: Mutex<Option<Instant>>,
     closed: AtomicBool,
@@ -313,7 +318,7 @@ impl Shared {
             }
             let full = len >= self.outbox_capacity;
             outbox.starved = full && stack.is_blocked();
-            let awaited = len > 0 && std::mem::take(&mut outbox.awaited);
+            let awaited = len > 0 && !outbox.hushed && std::mem::take(&mut outbox.awaited);
             drop(outbox);
             if awaited {
                 self.outbox_ready.notify_one();
@@ -395,7 +400,34 @@ impl Shared {
                 reader.used.push(parcel.into_buffer());
             }
         }
+        self.unread.store(reader.parcels.iter().any(|parcel| parcel.remaining() > 0), Ordering::Release);
         if count == 0 && ended { None } else { Some(count) }
+    }
+
+    /// Waits up to `timeout` until there is something to read, or the stack has ended.
+    pub(super) fn wait_for_packets(&self, timeout: Duration) {
+        // Whoever notifies takes the flag down, and a waiter that finds itself hushed goes on waiting: so it is put up again.
+        let idle = |outbox: &mut Outbox| {
+            outbox.awaited = (outbox.hushed || !self.is_readable(outbox)) && !outbox.finished;
+            outbox.awaited
+        };
+        let waited = self.outbox_ready.wait_timeout_while(lock(&self.outbox), timeout, idle);
+        waited.unwrap_or_else(PoisonError::into_inner).0.awaited = false;
+    }
+
+    /// Leaves those who wait for packets alone, or wakes them for what there is.
+    pub(super) fn hush(&self, hushed: bool) {
+        let mut outbox = lock(&self.outbox);
+        outbox.hushed = hushed;
+        let wake = !hushed && self.is_readable(&outbox) && std::mem::take(&mut outbox.awaited);
+        drop(outbox);
+        if wake {
+            self.outbox_ready.notify_one();
+        }
+    }
+
+    fn is_readable(&self, outbox: &Outbox) -> bool {
+        !outbox.parcels.is_empty() || self.unread.load(Ordering::Acquire)
     }
 
     /// Moves parcels from the outbox to the reader until that has `limit` packets, and waits if it has none. Says whether
@@ -404,7 +436,8 @@ impl Shared {
         let mut packets: usize = reader.parcels.iter().map(Cutting::remaining).sum();
         let mut outbox = lock(&self.outbox);
         outbox.used.append(&mut reader.used);
-        if packets == 0 && outbox.parcels.is_empty() && !outbox.finished {
+        // Without time to wait nothing is touched that another thread's waiting rests on.
+        if packets == 0 && outbox.parcels.is_empty() && !outbox.finished && !timeout.is_zero() {
             outbox.awaited = true;
             outbox = self
                 .outbox_ready

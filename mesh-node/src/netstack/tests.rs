@@ -393,3 +393,40 @@ async fn service_addresses_never_fall_back() {
     assert_eq!(request.payload(), b"x");
     assert_eq!(next_packet(&device)[9], 1, "the service address answers ICMP unreachable");
 }
+
+/// A thread that waits for `device` until `ends` says when it stopped.
+fn waiting(device: &StackDevice) -> std::sync::mpsc::Receiver<Instant> {
+    let (sender, ends) = std::sync::mpsc::channel();
+    let device = device.clone();
+    std::thread::spawn(move || {
+        device.waits().unwrap().wait(Duration::from_secs(60)).unwrap();
+        let _ = sender.send(clock());
+    });
+    // Long enough to be asleep, in all likelihood; the test holds either way.
+    std::thread::sleep(Duration::from_millis(50));
+    ends
+}
+
+#[test]
+fn a_reader_that_waits_is_left_asleep_while_another_reads_and_woken_for_the_rest() {
+    let (stack, device) = Netstack::start(Config::with_addresses([A4.parse().unwrap()])).unwrap();
+    let socket = stack.bind_udp(at(A4, 4000)).unwrap();
+    let mut batch = Batch::new(1, 1280);
+    let ends = waiting(&device);
+    assert_eq!(device.read_batch(&mut batch, Duration::ZERO).unwrap(), 0, "somebody else looks in vain");
+    socket.send_to(b"one", at(B4, 1)).unwrap();
+    ends.recv_timeout(Duration::from_secs(10)).expect("woken for a packet");
+    assert_eq!(device.read_batch(&mut batch, Duration::ZERO).unwrap(), 1);
+
+    let ends = waiting(&device);
+    let waits = device.waits().unwrap();
+    waits.hush(true);
+    for _ in 0..2 {
+        socket.send_to(b"two", at(B4, 1)).unwrap();
+    }
+    batch.clear();
+    assert_eq!(device.read_batch(&mut batch, Duration::ZERO).unwrap(), 1);
+    assert!(ends.recv_timeout(Duration::from_millis(100)).is_err(), "left asleep");
+    waits.hush(false);
+    ends.recv_timeout(Duration::from_secs(10)).expect("woken for what was left");
+}
