@@ -1,39 +1,15 @@
 //! The packet path takes no memory from the system once it runs: counted by the allocator of this test's own binary.
 #![expect(clippy::unwrap_used, reason = "helpers outside test functions, in a test")]
 
+mod counting;
 mod planes;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_node::dataplane::Workers;
 use mesh_tun::batch::Batch;
 use mesh_tun::device::Device;
 use planes::{A, B, End, pair};
-
-/// The system's allocator, counting.
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator with the same arguments; counting touches no memory of theirs.
-#[expect(unsafe_code, reason = "an allocator cannot be written without")]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same here.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: as above; `memory` came from `alloc`, and so from the system.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const ROUNDS: u64 = 200;
 const BURST: u64 = 32;
@@ -66,12 +42,12 @@ fn carry_packets(workers: Workers) -> (u64, u64, u64) {
     };
     let (there, back) = (packet(A, B), packet(B, A));
     let mut rounds = |count| {
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let before = counting::allocations();
         for _ in 0..count {
             carry(&a, &b, &there);
             carry(&b, &a, &back);
         }
-        ALLOCATIONS.load(Ordering::Relaxed) - before
+        counting::allocations() - before
     };
     // Queues grow to what they need, and the first packets are news for the engine. With workers, the batches
     // that change hands are made with the first.

@@ -1,37 +1,14 @@
 //! A stream through two userspace stacks takes no memory for its packets: counted by the allocator of this test's binary.
 #![expect(clippy::unwrap_used, reason = "helpers outside test functions, in a test")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
+mod counting;
+
 use std::time::Duration;
 
 use mesh_node::netstack::{Config, Netstack, StackDevice, TcpStream};
 use mesh_tun::batch::Batch;
 use mesh_tun::device::Device;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-/// The system's allocator, counting.
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator with the same arguments; counting touches no memory of theirs.
-#[expect(unsafe_code, reason = "an allocator cannot be written without")]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same here.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: as above; `memory` came from `alloc`, and so from the system.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// Bytes sent before counting, and while.
 const LEN: usize = 16 << 20;
@@ -48,9 +25,9 @@ async fn packets_of_a_stream_cost_no_allocations() {
     let (block, mut buffer) = (vec![7; 64 * 1024], vec![0; 64 * 1024]);
     carry(&mut sender, &mut receiver, &block, &mut buffer).await;
 
-    let (packets, before) = (a.counters().sent, ALLOCATIONS.load(Ordering::Relaxed));
+    let (packets, before) = (a.counters().sent, counting::allocations());
     carry(&mut sender, &mut receiver, &block, &mut buffer).await;
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let allocations = counting::allocations() - before;
     let packets = a.counters().sent - packets;
     println!("{allocations} allocations for {packets} packets");
     assert!(packets > (LEN / 1240) as u64);
