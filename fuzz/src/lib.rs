@@ -250,6 +250,44 @@ mod tests {
         }
     }
 
+    /// Runs `count` inputs that were made from the corpus by cutting, repeating and changing bytes; the same every time.
+    fn mutate(name: &str, target: fn(&[u8]), count: usize) {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+        let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        let inputs: Vec<_> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut below = |bound: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            usize::try_from(state >> 16).unwrap() % bound.max(1)
+        };
+        for _ in 0..count {
+            let mut input = inputs[below(inputs.len())].clone();
+            for _ in 0..=below(8) {
+                let at = below(input.len());
+                match below(4) {
+                    0 => input.truncate(at),
+                    1 => input.extend_from_within(at.min(input.len())..),
+                    2 => input.insert(at, u8::try_from(below(256)).unwrap()),
+                    _ => input.iter_mut().skip(at).take(1).for_each(|byte| *byte ^= 1 << below(8)),
+                }
+            }
+            target(&input);
+        }
+    }
+
+    /// A fuzzer finds more, but not on every machine and not in every run.
+    #[test]
+    fn changed_inputs_behind_handshakes_are_survived() {
+        mutate("wireguard_pair", super::wireguard_pair, 300);
+        mutate("uapi", super::uapi, 3000);
+        mutate("agent", super::agent, 300);
+        mutate("channel", super::channel, 300);
+        mutate("derp_session", super::derp_session, 1000);
+    }
+
     #[test]
     fn the_corpus_of_every_target_is_survived() {
         replay("wireguard", super::wireguard);
