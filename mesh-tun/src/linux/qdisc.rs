@@ -3,7 +3,7 @@
 //! A TUN device never tells its queueing discipline to wait (before Linux 7.3), so the discipline queues nothing: what does
 //! not fit the device's ring is dropped behind its back, and a local sender learns of it only a round trip later. With
 //! `noqueue` the drop is the sender's return value: TCP slows down at once and sends the segment again without having
-//! lost it. That is what makes a short ring, and so a short delay, affordable.
+//! lost it.
 //!
 //! The request is `RTM_NEWQDISC` (rtnetlink(7)), integers in the host's byte order:
 //!
