@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod behaviour;
 pub mod classify;
 pub mod disco;
 #[cfg(feature = "tokio")]
@@ -13,5 +14,6 @@ pub mod stun;
 mod timer;
 
 pub use agent::{Agent, Reject};
+pub use behaviour::{Allocation, Behaviour, Filtering, Mapping, PortRange};
 pub use classify::{Class, classify};
 pub use path::{Family, Path, SocketId, Vni};

@@ -18,7 +18,7 @@ pub(crate) mod select;
 
 /// Names one of the node's own UDP sockets. The driver hands the numbers out; they mean nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SocketId(pub u8);
+pub struct SocketId(pub u16);
 
 /// An IP version, as sockets have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
