@@ -9,6 +9,7 @@ pub mod disco;
 pub mod driver;
 
 pub mod path;
+pub mod relay;
 pub mod report;
 pub mod stun;
 mod timer;
