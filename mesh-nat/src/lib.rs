@@ -11,6 +11,8 @@ pub mod driver;
 pub mod path;
 pub mod relay;
 pub mod report;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod stun;
 mod timer;
 
