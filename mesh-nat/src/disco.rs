@@ -23,6 +23,7 @@
 //! | 07 | call-me-maybe-via | relay endpoint | 124 + 18 k, k ≥ 1 | relay only |
 //! | 08 | allocate request | two client disco keys 64, generation 4 | 68 | relay only |
 //! | 09 | allocate response | generation 4, relay endpoint | 128 + 18 k, k ≥ 1 | relay only |
+//! | C0 | punch, [ours alone](crate::hard::message) | | 40 to 552 | relay only |
 //!
 //! A relay endpoint is: server's disco key 32, two client disco keys 64, Lamport id 8, VNI 4, bind lifetime 8 and
 //! steady-state lifetime 8 (signed nanoseconds), then addresses.

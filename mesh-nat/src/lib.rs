@@ -7,7 +7,7 @@ pub mod classify;
 pub mod disco;
 #[cfg(feature = "tokio")]
 pub mod driver;
-
+pub mod hard;
 pub mod path;
 pub mod relay;
 pub mod report;

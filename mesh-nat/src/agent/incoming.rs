@@ -45,6 +45,7 @@ impl Agent {
             Message::Ping(ping) => self.on_ping(source, &holders, &ping),
             Message::Pong(pong) => self.on_pong(source, &holders, &pong),
             Message::CallMeMaybe(call) => self.on_call(source, &holders, &call),
+            Message::Punch(_) => Err(Reject::Unsupported),
             Message::Bind(_)
             | Message::BindChallenge(_)
             | Message::BindAnswer(_)

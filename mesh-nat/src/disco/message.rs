@@ -1,10 +1,11 @@
-//! The nine disco messages, as values that cannot be wrong.
+//! The nine disco messages of the protocol and one of our own, as values that cannot be wrong.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use mesh_noise::key::{DiscoPublic, KEY_LEN, NodePublic};
 
+use crate::hard::message::{KIND as PUNCH, Punch};
 use crate::path::Vni;
 
 /// Names one ping; its pong carries the same one.
@@ -33,6 +34,8 @@ pub enum Message {
     AllocateRequest(AllocateRequest),
     /// Grants one.
     AllocateResponse(AllocateResponse),
+    /// Arranges an attempt to guess ports; only our own nodes understand it.
+    Punch(Punch),
 }
 
 /// Body of a ping.
@@ -193,6 +196,7 @@ impl Message {
                 let generation = reader.u32()?;
                 Self::AllocateResponse(AllocateResponse { generation, endpoint: reader.relay_endpoint()? })
             }
+            PUNCH => Self::Punch(Punch::decode(version, body)?),
             unknown => return Err(DecodeError::UnknownType(unknown)),
         })
     }
@@ -228,6 +232,7 @@ impl Message {
                 out.extend_from_slice(&response.generation.to_be_bytes());
                 put_relay_endpoint(out, &response.endpoint);
             }
+            Self::Punch(punch) => punch.encode(out),
         }
     }
 
@@ -242,6 +247,7 @@ impl Message {
             Self::CallMeMaybeVia(_) => CALL_ME_MAYBE_VIA,
             Self::AllocateRequest(_) => ALLOCATE_REQUEST,
             Self::AllocateResponse(_) => ALLOCATE_RESPONSE,
+            Self::Punch(_) => PUNCH,
         }
     }
 }
