@@ -464,7 +464,8 @@ impl Server {
             | Message::CallMeMaybe(_)
             | Message::CallMeMaybeVia(_)
             | Message::AllocateRequest(_)
-            | Message::AllocateResponse(_) => Err(Reject::Unexpected),
+            | Message::AllocateResponse(_)
+            | Message::Punch(_) => Err(Reject::Unexpected),
         }
     }
 
