@@ -2,6 +2,7 @@
 //!
 //! - [`StunServer`]: a STUN responder on a UDP socket
 //! - [`netcheck_once`]: one report about a DERP map, over sockets of its own
+//! - [`PortMapper`]: a port mapping of the host's gateway, got and kept
 //!
 //! The [`Agent`](crate::Agent) has no driver here: a node drives it from the sockets that carry its data.
 
@@ -13,9 +14,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 
 mod netcheck;
+mod portmap;
 mod stun;
 
 pub use netcheck::{netcheck_once, netcheck_with};
+pub use portmap::{Clock, PortMapper};
 pub use stun::StunServer;
 
 #[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]

@@ -9,6 +9,7 @@ pub mod disco;
 pub mod driver;
 pub mod hard;
 pub mod path;
+pub mod portmap;
 pub mod relay;
 pub mod report;
 #[cfg(feature = "sim")]
