@@ -283,6 +283,15 @@ impl World {
         self.path(from, to).is_some_and(|path| path.is_direct())
     }
 
+    /// When the host `to` last received a datagram that `from` had sent along `path`, whatever NATs made of its addresses.
+    #[must_use]
+    pub fn reached(&self, from: HostId, to: HostId, path: Path) -> Option<Instant> {
+        match path {
+            Path::Direct { socket, remote } => self.reached.get(&(from, to, (socket, remote))).copied(),
+            Path::PeerRelay { .. } | Path::Relay { .. } => None,
+        }
+    }
+
     /// What the node's agent has told, and when since the world began.
     #[must_use]
     pub fn events(&self, host: HostId) -> &[(Duration, Event)] {
@@ -349,6 +358,12 @@ impl World {
         self.hosts[host.0].asleep = true;
     }
 
+    /// Whether the host sleeps.
+    #[must_use]
+    pub fn is_asleep(&self, host: HostId) -> bool {
+        self.hosts[host.0].asleep
+    }
+
     /// The host goes on where it stopped. Its node notices and starts anew.
     pub fn wake(&mut self, host: HostId) {
         self.hosts[host.0].asleep = false;
@@ -371,10 +386,10 @@ impl World {
         self.link_changed(host);
     }
 
-    /// The node looks at its addresses anew, as after any change of links.
+    /// The node looks at its addresses anew, as after any change of links. What STUN servers saw counts until they are
+    /// asked again.
     pub fn link_changed(&mut self, host: HostId) {
         if self.hosts[host.0].node.is_some() {
-            self.node_mut(host).reflexive.clear();
             self.tell_endpoints(host);
             self.with(host, Agent::rebind);
         }
@@ -408,7 +423,8 @@ impl World {
         else {
             return;
         };
-        let packet = Packet { origin: host, from: SocketAddr::new(address, port), to, hops: 0, datagram };
+        let from = SocketAddr::new(address, port);
+        let packet = Packet { origin: host, aim: (socket, to), from, to, hops: 0, datagram };
         let link = place.link;
         self.enter(network, link, packet);
     }
@@ -424,6 +440,7 @@ impl World {
             return;
         }
         let source = Source::direct(socket, packet.from);
+        self.reached.insert((packet.origin, host, packet.aim), self.now);
         self.record(host, source, &packet.datagram);
         let class = classify(&packet.datagram);
         let ours = self.hosts[host.0].node.is_some();
@@ -433,7 +450,7 @@ impl World {
                 true
             }
             Class::Stun if ours => self.stun_answers(host, &packet.datagram),
-            Class::WireGuard => self.stream_arrives(host, &packet.datagram),
+            Class::WireGuard => self.stream_arrives(host, source, &packet.datagram),
             Class::Disco | Class::Stun | Class::RelayedDisco { .. } | Class::RelayedWireGuard { .. } => false,
         };
         let mut programs = 0..if taken { 0 } else { self.hosts[host.0].programs.len() };

@@ -11,13 +11,15 @@ use super::host::HostId;
 use super::program::RequestId;
 use super::stream::StreamId;
 use crate::agent::Source;
-use crate::path::Family;
+use crate::path::{Family, SocketId};
 
 /// A UDP datagram on its way, with the addresses that it has at this point.
 #[derive(Debug, Clone)]
 pub(super) struct Packet {
     /// Who sent it, whatever its source says by now.
     pub(super) origin: HostId,
+    /// From which of its sockets, and where to.
+    pub(super) aim: (SocketId, SocketAddr),
     pub(super) from: SocketAddr,
     pub(super) to: SocketAddr,
     pub(super) hops: u8,

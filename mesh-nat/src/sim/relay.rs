@@ -125,7 +125,7 @@ impl World {
         self.record(host, source, bytes);
         match classify(bytes) {
             Class::Disco => self.agent_receives(host, source, bytes),
-            Class::WireGuard if self.stream_arrives(host, bytes) => {}
+            Class::WireGuard if self.stream_arrives(host, source, bytes) => {}
             Class::WireGuard | Class::Stun | Class::RelayedDisco { .. } | Class::RelayedWireGuard { .. } => {
                 let mut programs = 0..self.hosts[host.0].programs.len();
                 let _ = programs.any(|index| {

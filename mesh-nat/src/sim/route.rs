@@ -261,7 +261,8 @@ impl World {
         let (inside, inner) = (gateway.inside, gateway.inner);
         for (port, to, datagram) in answers {
             let from = SocketAddr::new(inside, port);
-            self.enter(inner, Link::default(), Packet { origin: packet.origin, from, to, hops: 0, datagram });
+            let answer = Packet { origin: packet.origin, aim: packet.aim, from, to, hops: 0, datagram };
+            self.enter(inner, Link::default(), answer);
         }
     }
 

@@ -1,10 +1,12 @@
-//! Data between nodes: sent at a steady rate along whichever path the agent says, and counted where it arrives.
+//! Data between nodes: sent at a steady rate along whichever path the agent says, and counted where it arrives. What the
+//! agents learn of it is what a node's data plane would note and its engine tell them.
 
 use std::time::{Duration, Instant};
 
 use super::host::HostId;
 use super::packet::Happening;
 use super::world::World;
+use crate::agent::Source;
 use crate::path::Path;
 
 /// Names one stream of data.
@@ -13,6 +15,8 @@ pub struct StreamId(pub(super) usize);
 
 /// What a datagram of a stream begins with: it looks like WireGuard's transport data (whitepaper §5.4.6).
 const MAGIC: [u8; 4] = [4, 0, 0, 0];
+/// How long every datagram of a stream is.
+const LENGTH: usize = 128;
 
 /// Data from one node to another.
 #[derive(Debug)]
@@ -21,14 +25,15 @@ pub struct Stream {
     to: HostId,
     every: Duration,
     running: bool,
+    answers: Option<StreamId>,
     /// When each datagram was sent and when it first arrived.
     datagrams: Vec<(Instant, Option<Instant>)>,
-    /// Arrivals of what had arrived already.
-    duplicates: u64,
+    direct: u64,
+    relayed: u64,
 }
 
 impl Stream {
-    /// Datagrams sent.
+    /// Datagrams sent, copies not counted.
     #[must_use]
     pub const fn sent(&self) -> usize {
         self.datagrams.len()
@@ -40,23 +45,33 @@ impl Stream {
         self.datagrams.iter().filter(|(_, arrived)| arrived.is_some()).count()
     }
 
-    /// Arrivals of datagrams that had arrived before.
+    /// Copies that arrived directly.
     #[must_use]
-    pub const fn duplicates(&self) -> u64 {
-        self.duplicates
+    pub const fn direct(&self) -> u64 {
+        self.direct
     }
 
-    /// The longest time during which whatever was sent since `from` never arrived: from the first datagram lost to the
-    /// next one that was not. Datagrams sent within `settle` before `now` may still be on their way.
+    /// Copies that arrived through a relay.
+    #[must_use]
+    pub const fn relayed(&self) -> u64 {
+        self.relayed
+    }
+
+    /// The stream of answers to this one, if there is one.
+    #[must_use]
+    pub const fn answers(&self) -> Option<StreamId> {
+        self.answers
+    }
+
+    /// For how long data sent since `from` was lost, at the longest: from the first datagram that never arrived to the
+    /// next one that did. Those sent within `settle` before `now` do not count, as they may still be on their way.
     #[must_use]
     pub fn outage(&self, from: Instant, now: Instant, settle: Duration) -> Duration {
         let mut longest = Duration::ZERO;
         let mut since: Option<Instant> = None;
         for (sent, arrived) in self.datagrams.iter().filter(|(sent, _)| *sent >= from && *sent + settle <= now) {
             if arrived.is_some() {
-                if let Some(since) = since.take() {
-                    longest = longest.max(sent.saturating_duration_since(since));
-                }
+                since = None;
             } else {
                 let since = *since.get_or_insert(*sent);
                 longest = longest.max(sent.saturating_duration_since(since) + self.every);
@@ -64,14 +79,37 @@ impl Stream {
         }
         longest
     }
+
+    /// The longest time since `from` during which nothing new arrived.
+    #[must_use]
+    pub fn longest_gap(&self, from: Instant, now: Instant) -> Duration {
+        let mut arrivals: Vec<_> = self.datagrams.iter().filter_map(|(_, at)| *at).filter(|at| *at >= from).collect();
+        arrivals.sort_unstable();
+        let ends = std::iter::once(from).chain(arrivals.iter().copied()).zip(arrivals.iter().copied().chain([now]));
+        ends.map(|(one, next)| next.saturating_duration_since(one)).max().unwrap_or_default()
+    }
 }
 
 impl World {
     /// From now on there is data from one node to another at a steady rate.
     pub fn send_data(&mut self, from: HostId, to: HostId, every: Duration) -> StreamId {
-        let id = StreamId(self.streams.len());
-        self.streams.push(Stream { from, to, every, running: true, datagrams: Vec::new(), duplicates: 0 });
+        let id = self.add_stream(from, to, every, None);
         self.stream_due(id);
+        id
+    }
+
+    /// The same, and each datagram that arrives is answered by another one.
+    pub fn converse(&mut self, from: HostId, to: HostId, every: Duration) -> StreamId {
+        let answers = self.add_stream(to, from, every, None);
+        let id = self.add_stream(from, to, every, Some(answers));
+        self.stream_due(id);
+        id
+    }
+
+    fn add_stream(&mut self, from: HostId, to: HostId, every: Duration, answers: Option<StreamId>) -> StreamId {
+        let id = StreamId(self.streams.len());
+        let datagrams = Vec::new();
+        self.streams.push(Stream { from, to, every, running: true, answers, datagrams, direct: 0, relayed: 0 });
         id
     }
 
@@ -92,41 +130,55 @@ impl World {
     }
 
     pub(super) fn stream_due(&mut self, id: StreamId) {
-        let stream = &mut self.streams[id.0];
-        if !stream.running {
-            return;
+        let stream = &self.streams[id.0];
+        if stream.running {
+            self.schedule(self.now + stream.every, Happening::Data(id));
+            self.send_one(id);
         }
-        let (from, to, every, number) = (stream.from, stream.to, stream.every, stream.datagrams.len());
-        self.schedule(self.now + every, Happening::Data(id));
+    }
+
+    fn send_one(&mut self, id: StreamId) {
+        let stream = &mut self.streams[id.0];
+        let (from, to, number) = (stream.from, stream.to, stream.datagrams.len());
         if self.hosts[from.0].asleep {
             return;
         }
-        self.streams[id.0].datagrams.push((self.now, None));
+        stream.datagrams.push((self.now, None));
         let peer = self.key(to);
         self.with(from, |agent, now| agent.traffic(now, &peer));
         let mut datagram = MAGIC.to_vec();
         datagram.extend((id.0 as u64).to_le_bytes());
         datagram.extend((number as u64).to_le_bytes());
-        datagram.resize(128, 0);
-        match self.path(from, to) {
+        datagram.resize(LENGTH, 0);
+        let path = self.path(from, to);
+        self.send_along(from, to, path, datagram);
+    }
+
+    fn send_along(&mut self, from: HostId, to: HostId, path: Option<Path>, datagram: Vec<u8>) {
+        match path {
             Some(Path::Direct { socket, remote }) => self.emit(from, socket, remote, datagram),
-            Some(Path::Relay { region }) => self.send_frame(from, region, peer, datagram),
+            Some(Path::Relay { region }) => self.send_frame(from, region, self.key(to), datagram),
             Some(Path::PeerRelay { .. }) | None => {}
         }
     }
 
     /// Data may have arrived. Returns whether it was some stream's.
-    pub(super) fn stream_arrives(&mut self, host: HostId, datagram: &[u8]) -> bool {
+    pub(super) fn stream_arrives(&mut self, host: HostId, source: Source, datagram: &[u8]) -> bool {
         let Some(rest) = datagram.strip_prefix(&MAGIC) else { return false };
         let Some((id, rest)) = rest.split_first_chunk() else { return false };
         let Some((number, _)) = rest.split_first_chunk() else { return false };
         let index = |bytes: &[u8; 8]| usize::try_from(u64::from_le_bytes(*bytes)).unwrap_or(usize::MAX);
         let Some(stream) = self.streams.get_mut(index(id)).filter(|stream| stream.to == host) else { return false };
         let Some((_, arrived)) = stream.datagrams.get_mut(index(number)) else { return false };
-        if arrived.is_some() {
-            stream.duplicates += 1;
+        if source.path.is_relay() {
+            stream.relayed += 1;
         } else {
-            *arrived = Some(self.now);
+            stream.direct += 1;
+        }
+        let first = arrived.is_none();
+        arrived.get_or_insert(self.now);
+        if let Some(answers) = stream.answers.filter(|_| first) {
+            self.send_one(answers);
         }
         true
     }

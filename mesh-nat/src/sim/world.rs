@@ -16,6 +16,7 @@ use super::link::Link;
 use super::packet::{Happening, Record, Scheduled};
 use super::route::Network;
 use super::stream::Stream;
+use crate::path::SocketId;
 
 /// One-way delay across the internet, so 40 ms there and back: to a peer, and to a relay.
 const INTERNET_DELAY: Duration = Duration::from_millis(20);
@@ -38,6 +39,8 @@ pub struct World {
     pub(super) streams: Vec<Stream>,
     /// Whose datagrams to whom are lost.
     pub(super) cuts: BTreeSet<(HostId, HostId)>,
+    /// Who was reached by whom, along which aim, and when last.
+    pub(super) reached: BTreeMap<(HostId, HostId, (SocketId, SocketAddr)), Instant>,
     queue: BinaryHeap<Scheduled>,
     next: u64,
     pub(super) next_request: u64,
@@ -79,6 +82,7 @@ impl World {
             home,
             streams: Vec::new(),
             cuts: BTreeSet::new(),
+            reached: BTreeMap::new(),
             queue: BinaryHeap::new(),
             next: 0,
             next_request: 0,
