@@ -15,7 +15,8 @@ mod lab;
 use std::time::{Duration, Instant};
 
 use lab::eventually;
-use lab::net::Net;
+use lab::mesh::Node;
+use lab::net::{Families, Net};
 
 const ROUNDS: usize = 5;
 
@@ -24,10 +25,10 @@ const ROUNDS: usize = 5;
 fn a_node_answers_soon_after_up_and_is_soon_direct() {
     let (mut first_ping, mut direct) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
-        let net = Net::new(&format!("f{round}"), &[]);
+        let net = Net::new(&format!("f{round}"), Families::V4, &[]);
         let ours = net.our_node();
-        let theirs = net.daemon_on(&net.theirs);
-        let up = net.up("theirs");
+        let theirs = Node::start(&net.theirs);
+        let up = net.coordinator.up("theirs");
 
         let started = Instant::now();
         theirs.mesh(&up);
@@ -40,10 +41,10 @@ fn a_node_answers_soon_after_up_and_is_soon_direct() {
 
         // A pair that has never exchanged a packet: the path is watched from the first one on.
         drop((ours, theirs));
-        let net = Net::new(&format!("g{round}"), &[]);
+        let net = Net::new(&format!("g{round}"), Families::V4, &[]);
         let ours = net.our_node();
-        let theirs = net.daemon_on(&net.theirs);
-        theirs.mesh(&net.up("theirs"));
+        let theirs = Node::start(&net.theirs);
+        theirs.mesh(&net.coordinator.up("theirs"));
         let their_ip = theirs.ip();
         ours.peer("theirs");
         std::thread::sleep(Duration::from_millis(500));

@@ -7,8 +7,6 @@
 //!   10.9.0.1, fd09::1  ═════ tunnel ═════  10.9.0.2, fd09::2
 //!   mesh-wireguard                          wireguard-go
 //! ```
-//!
-//! Control sockets live in `/var/run/wireguard`, which all namespaces share: every interface has a name of its own.
 
 #![allow(
     clippy::unwrap_used,
@@ -22,103 +20,24 @@ mod lab;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use lab::{Host, Lab, Process, eventually, output};
-
-const MESH_WIREGUARD: &str = env!("CARGO_BIN_EXE_mesh-wireguard");
+use lab::traffic::{iperf3, ping};
+use lab::wireguard::{End, MESH_WIREGUARD};
+use lab::{Host, Lab, eventually, output};
 
 /// How soon our side replaces a session in these tests. Initiations keep 5 s apart all the same.
 const REKEY_AFTER_MS: &str = "2000";
+
+/// What [`End::add_peer`] is told: the key that both share, and where to initiate to, if anywhere.
+const KEY: &str = "preshared-key ../psk";
+const KEY_AND_OURS: &str = "preshared-key ../psk endpoint 192.168.77.1:51820";
+const KEY_AND_THEIRS: &str = "preshared-key ../psk endpoint 192.168.77.2:51820";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Program {
     Ours,
     WireguardGo,
-}
-
-/// One end of the tunnel.
-struct End {
-    process: Process,
-    host: Host,
-    interface: String,
-    public: String,
-    port: u16,
-}
-
-impl End {
-    fn start(host: &Host, program: Program, interface: String, port: u16) -> Self {
-        let (name, mut command) = match program {
-            Program::Ours => {
-                let mut command = host.command(MESH_WIREGUARD);
-                command.args([&interface, "--foreground"]).env("MESH_TEST_REKEY_AFTER_MS", REKEY_AFTER_MS);
-                command.env("RUST_LOG", "debug");
-                ("mesh-wireguard", command)
-            }
-            Program::WireguardGo => {
-                let mut command = host.command("wireguard-go");
-                command.args(["--foreground", &interface]).env("LOG_LEVEL", "verbose");
-                ("wireguard-go", command)
-            }
-        };
-        let mut process = host.spawn(name, &mut command);
-        if program == Program::Ours {
-            process.wait_line("ready", Duration::from_secs(10));
-        }
-        eventually("the control socket", Duration::from_secs(10), || {
-            let shown = host.try_sh(&format!("wg show {interface}"));
-            if shown.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&shown.stderr).into_owned()) }
-        });
-        host.sh("umask 077; wg genkey > private");
-        let public = host.sh("wg pubkey < private").trim().to_owned();
-        host.sh(&format!("wg set {interface} private-key private listen-port {port}"));
-        Self { process, host: host.clone(), interface, public, port }
-    }
-
-    fn up(&self, number: u8) {
-        let interface = &self.interface;
-        self.host.sh(&format!(
-            "ip addr add 10.9.0.{number}/24 dev {interface}; ip addr add fd09::{number}/64 dev {interface} nodad
-             ip link set {interface} up"
-        ));
-    }
-
-    /// Adds the other end as a peer, with an endpoint if this end is to be able to initiate.
-    fn add_peer(&self, peer: &Self, number: u8, endpoint: bool) {
-        let endpoint = if endpoint { format!("endpoint 192.168.77.{number}:{}", peer.port) } else { String::new() };
-        self.host.sh(&format!(
-            "wg set {} peer {} preshared-key ../psk allowed-ips 10.9.0.{number}/32,fd09::{number}/128 {endpoint}",
-            self.interface, peer.public
-        ));
-    }
-
-    fn remove_peer(&self, peer: &Self) {
-        self.host.sh(&format!("wg set {} peer {} remove", self.interface, peer.public));
-    }
-
-    /// One column of `wg show` for the only peer.
-    fn show(&self, what: &str) -> Vec<String> {
-        let line = self.host.sh(&format!("wg show {} {what}", self.interface));
-        line.split_whitespace().skip(1).map(str::to_owned).collect()
-    }
-
-    /// Bytes received and sent.
-    fn transfer(&self) -> (u64, u64) {
-        let columns = self.show("transfer");
-        (columns[0].parse().unwrap(), columns[1].parse().unwrap())
-    }
-
-    fn last_handshake(&self) -> u64 {
-        self.show("latest-handshakes")[0].parse().unwrap()
-    }
-}
-
-impl Drop for End {
-    /// Asked to end, not killed: a killed process leaves its control socket behind, which all namespaces share.
-    fn drop(&mut self) {
-        self.process.terminate();
-    }
 }
 
 /// Two ends on one cable, configured but without peers.
@@ -134,41 +53,28 @@ impl Net {
         let (a, b) = (lab.host("a"), lab.host("b"));
         lab.link((&a, "eth0", "192.168.77.1/24"), (&b, "eth0", "192.168.77.2/24"));
         a.sh("umask 077; wg genpsk > ../psk");
-        let interface = |end: &str| format!("mw{}{end}", std::process::id());
-        let ours = End::start(&a, programs[0], interface("a"), 51820);
-        let theirs = End::start(&b, programs[1], interface("b"), 51821);
-        ours.up(1);
-        theirs.up(2);
+        let start = |host: &Host, number, program| match program {
+            Program::Ours => {
+                End::ours(host, number, &[("MESH_TEST_REKEY_AFTER_MS", REKEY_AFTER_MS), ("RUST_LOG", "debug")])
+            }
+            Program::WireguardGo => End::wireguard_go(host, number),
+        };
+        let (ours, theirs) = (start(&a, 1, programs[0]), start(&b, 2, programs[1]));
         Self { ours, theirs, _lab: lab }
     }
 }
 
-/// Sends pings and returns how many were answered.
-fn ping(host: &Host, to: &str, count: u32, interval: &str) -> u32 {
-    let outcome = host.try_sh(&format!("ping -n -q -c {count} -i {interval} -W 2 {to}"));
-    let text = String::from_utf8_lossy(&outcome.stdout).into_owned();
-    let received = text.split(", ").find_map(|part| part.strip_suffix(" received"));
-    received.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("ping said:\n{text}"))
-}
-
 /// Moves bytes over one TCP stream and returns bits per second as the receiver saw them.
 fn tcp(from: &Host, to: &Host, address: &str, how: &str) -> f64 {
-    // A log of its own, so that the line waited for is this server's.
-    static SERVERS: AtomicUsize = AtomicUsize::new(0);
-    let name = format!("iperf3-{}", SERVERS.fetch_add(1, Ordering::Relaxed));
-    let mut server = to.spawn(&name, to.command("iperf3").args(["-s", "-1", "--forceflush"]));
-    server.wait_line("Server listening", Duration::from_secs(5));
-    let report = from.sh(&format!("iperf3 -c {address} -J {how}"));
-    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
-    report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap()
+    iperf3(from, to, address, how)["sum_received"]["bits_per_second"].as_f64().unwrap()
 }
 
 /// Watches both ends for `duration` while the ping runs, and returns the times of handshakes as `end` tells them.
-fn handshakes_during(end: &End, duration: Duration) -> BTreeSet<u64> {
+fn handshakes_during(end: &End, peer: &End, duration: Duration) -> BTreeSet<u64> {
     let deadline = Instant::now() + duration;
     let mut seen = BTreeSet::new();
     while Instant::now() < deadline {
-        seen.insert(end.last_handshake());
+        seen.insert(end.last_handshake(peer));
         std::thread::sleep(Duration::from_millis(200));
     }
     seen.remove(&0);
@@ -179,45 +85,50 @@ fn handshakes_during(end: &End, duration: Duration) -> BTreeSet<u64> {
 #[ignore = "needs root"]
 fn as_initiator_packets_pass_through_two_rekeys_without_a_loss() {
     let Net { ours, theirs, _lab } = &Net::new("init", [Program::Ours, Program::WireguardGo]);
-    ours.add_peer(theirs, 2, true);
-    theirs.add_peer(ours, 1, false);
+    ours.add_peer(theirs, KEY_AND_THEIRS);
+    theirs.add_peer(ours, KEY);
     assert_eq!(ping(&ours.host, "10.9.0.2", 3, "0.2"), 3, "the first ping waits for the handshake");
 
     let pings = std::thread::scope(|scope| {
         let pings = scope.spawn(|| ping(&ours.host, "10.9.0.2", 150, "0.1"));
-        let handshakes = handshakes_during(theirs, Duration::from_secs(15));
+        let handshakes = handshakes_during(theirs, ours, Duration::from_secs(15));
         assert!(handshakes.len() >= 3, "the first handshake and two rekeys: {handshakes:?}");
         pings.join().unwrap()
     });
     assert_eq!(pings, 150);
     assert_eq!(ping(&theirs.host, "fd09::1", 5, "0.2"), 5, "and IPv6, and the other way");
 
-    let (before, there) = (ours.transfer(), 8 << 20);
+    let (before, there) = (ours.transfer(theirs), 8 << 20);
     assert!(tcp(&ours.host, &theirs.host, "10.9.0.2", "-n 8M") > 0.0);
     assert!(tcp(&ours.host, &theirs.host, "10.9.0.2", "-n 8M -R") > 0.0);
-    let after = ours.transfer();
+    let after = ours.transfer(theirs);
     // iperf3's receiver does not wait for what still is in the sender's buffer when the test ends.
     assert!(
         after.0 - before.0 > there / 4 * 3 && after.1 - before.1 > there / 4 * 3,
         "counted {before:?}, then {after:?}"
     );
-    let (received, sent) = theirs.transfer();
-    assert!(received > there / 4 * 3 && sent > there / 4 * 3, "{:?} and {:?}", ours.transfer(), theirs.transfer());
+    let (received, sent) = theirs.transfer(ours);
+    assert!(
+        received > there / 4 * 3 && sent > there / 4 * 3,
+        "{:?} and {:?}",
+        ours.transfer(theirs),
+        theirs.transfer(ours)
+    );
 }
 
 #[test]
 #[ignore = "needs root"]
 fn as_responder_packets_pass_through_two_more_handshakes_of_the_peer() {
     let Net { ours, theirs, _lab } = &Net::new("resp", [Program::Ours, Program::WireguardGo]);
-    ours.add_peer(theirs, 2, false);
+    ours.add_peer(theirs, KEY);
     let mut handshakes = BTreeSet::new();
     for round in 0..3 {
         // The peer forgets its session, so it has to initiate; ours still has the old one.
-        theirs.add_peer(ours, 1, true);
+        theirs.add_peer(ours, KEY_AND_OURS);
         assert_eq!(ping(&theirs.host, "10.9.0.1", 5, "0.2"), 5, "round {round}");
         assert_eq!(ping(&ours.host, "10.9.0.2", 5, "0.2"), 5, "round {round}, on the session of that round");
         assert!(tcp(&ours.host, &theirs.host, "10.9.0.2", "-n 1M") > 0.0);
-        handshakes.insert(ours.last_handshake());
+        handshakes.insert(ours.last_handshake(theirs));
         theirs.remove_peer(ours);
         std::thread::sleep(Duration::from_millis(1100));
     }
@@ -228,8 +139,8 @@ fn as_responder_packets_pass_through_two_more_handshakes_of_the_peer() {
 #[ignore = "needs root"]
 fn peers_may_change_their_address_on_either_side() {
     let Net { ours, theirs, _lab } = &Net::new("roam", [Program::Ours, Program::WireguardGo]);
-    ours.add_peer(theirs, 2, true);
-    theirs.add_peer(ours, 1, true);
+    ours.add_peer(theirs, KEY_AND_THEIRS);
+    theirs.add_peer(ours, KEY_AND_OURS);
     assert_eq!(ping(&ours.host, "10.9.0.2", 3, "0.2"), 3);
 
     theirs.host.sh("ip addr del 192.168.77.2/24 dev eth0; ip addr add 192.168.77.3/24 dev eth0");
@@ -239,20 +150,20 @@ fn peers_may_change_their_address_on_either_side() {
         1 => Ok(()),
         lost => Err(lost),
     });
-    assert_eq!(ours.show("endpoints"), ["192.168.77.3:51822"]);
+    assert_eq!(ours.show(theirs, "endpoints"), ["192.168.77.3:51822"]);
     assert_eq!(ping(&ours.host, "10.9.0.2", 5, "0.2"), 5, "ours follows");
 
     ours.host.sh("ip addr del 192.168.77.1/24 dev eth0; ip addr add 192.168.77.4/24 dev eth0");
     assert_eq!(ping(&ours.host, "10.9.0.2", 5, "0.2"), 5, "the peer follows ours");
-    assert_eq!(theirs.show("endpoints"), ["192.168.77.4:51820"]);
+    assert_eq!(theirs.show(ours, "endpoints"), ["192.168.77.4:51820"]);
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_full_device_queue_slows_a_local_sender_and_loses_nothing() {
     let Net { ours, theirs, _lab } = &Net::new("queue", [Program::Ours, Program::Ours]);
-    ours.add_peer(theirs, 2, true);
-    theirs.add_peer(ours, 1, false);
+    ours.add_peer(theirs, KEY_AND_THEIRS);
+    theirs.add_peer(ours, KEY);
     ours.host.sh(&format!("ip link set {} txqueuelen 4", ours.interface));
     let resent = || -> u64 {
         let counters = ours.host.sh("cat /proc/net/snmp");
@@ -290,7 +201,7 @@ MTU = 1380
 [Peer]
 PublicKey = {}
 PresharedKey = $(cat ../psk)
-Endpoint = 192.168.77.2:51821
+Endpoint = 192.168.77.2:51820
 AllowedIPs = 10.9.0.2/32
 X",
         theirs.public
@@ -329,8 +240,8 @@ fn one_tcp_stream_beside_wireguard_go() {
         for (rates, program) in rates.iter_mut().zip([Program::Ours, Program::WireguardGo]) {
             let name = format!("perf{}{round}", u8::from(program == Program::Ours));
             let Net { ours, theirs, _lab } = &Net::new(&name, [program, program]);
-            ours.add_peer(theirs, 2, true);
-            theirs.add_peer(ours, 1, true);
+            ours.add_peer(theirs, KEY_AND_THEIRS);
+            theirs.add_peer(ours, KEY_AND_OURS);
             assert_eq!(ping(&ours.host, "10.9.0.2", 2, "0.2"), 2);
             rates.push(tcp(&ours.host, &theirs.host, "10.9.0.2", "-t 4") / 1e6);
         }

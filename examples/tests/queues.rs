@@ -18,9 +18,9 @@ mod lab;
 
 use std::time::Duration;
 
-use lab::{Host, Lab, Process, eventually};
-
-const MESH_WIREGUARD: &str = env!("CARGO_BIN_EXE_mesh-wireguard");
+use lab::traffic::{iperf3, ping};
+use lab::wireguard::End;
+use lab::{Host, Lab, eventually};
 
 /// Datagrams of eight flows, numbered: `send ADDRESS SECONDS` and `receive ADDRESS SECONDS`. The receiver says how many
 /// came, and how many of them after a later one of their flow.
@@ -57,67 +57,30 @@ else:
     time.sleep(1)
 ";
 
-struct End {
-    process: Process,
-    host: Host,
-    interface: String,
-    public: String,
-}
-
-impl End {
-    fn start(host: &Host, interface: String, number: u8, workers: Option<&str>) -> Self {
-        let mut command = host.command(MESH_WIREGUARD);
-        command.args([&interface, "--foreground"]).env("MESH_TEST_QUEUES", "2").env("RUST_LOG", "info");
-        if let Some(workers) = workers {
-            command.env("MESH_TEST_WORKERS", workers);
-        }
-        let mut process = host.spawn("mesh-wireguard", &mut command);
-        process.wait_line("ready", Duration::from_secs(10));
-        host.sh("umask 077; wg genkey > private");
-        let public = host.sh("wg pubkey < private").trim().to_owned();
-        host.sh(&format!(
-            "wg set {interface} private-key private listen-port 51820
-             ip addr add 10.9.0.{number}/24 dev {interface}; ip link set {interface} up
-             # The cable has one processor for each direction, so that it keeps the order itself.
-             echo 1 > /sys/class/net/eth0/queues/rx-0/rps_cpus"
-        ));
-        Self { process, host: host.clone(), interface, public }
-    }
-
-    fn add_peer(&self, peer: &Self, number: u8) {
-        let public = &peer.public;
-        self.host.sh(&format!(
-            "wg set {} peer {public} allowed-ips 10.9.0.{number}/32 endpoint 192.168.77.{number}:51820",
-            self.interface
-        ));
-    }
-}
-
-impl Drop for End {
-    /// Asked to end, so that the control socket, which all namespaces share, goes away.
-    fn drop(&mut self) {
-        self.process.terminate();
-    }
-}
-
 fn two_queues_and_two_sockets(name: &str, workers: Option<&str>) {
     let mut lab = Lab::new(name);
     let hosts = [lab.host("a"), lab.host("b")];
     lab.link((&hosts[0], "eth0", "192.168.77.1/24"), (&hosts[1], "eth0", "192.168.77.2/24"));
-    let interface = |end: &str| format!("mq{}{end}", std::process::id());
-    let a = End::start(&hosts[0], interface("a"), 1, workers);
-    let b = End::start(&hosts[1], interface("b"), 2, workers);
-    a.add_peer(&b, 2);
-    b.add_peer(&a, 1);
+    let environment: Vec<_> = [("MESH_TEST_QUEUES", "2"), ("RUST_LOG", "info")]
+        .into_iter()
+        .chain(workers.map(|n| ("MESH_TEST_WORKERS", n)))
+        .collect();
+    let [a, b] = [(&hosts[0], 1), (&hosts[1], 2)].map(|(host, number)| End::ours(host, number, &environment));
+    a.add_peer(&b, "endpoint 192.168.77.2:51820");
+    b.add_peer(&a, "endpoint 192.168.77.1:51820");
+    for host in &hosts {
+        // The cable has one processor for each direction, so that it keeps the order itself.
+        host.sh("echo 1 > /sys/class/net/eth0/queues/rx-0/rps_cpus");
+    }
     for end in [&a, &b] {
         let queues = end.host.sh(&format!("ls -d /sys/class/net/{}/queues/tx-*", end.interface));
         assert_eq!(queues.lines().count(), 2, "{queues}");
         let sockets = end.host.sh("ss -Hlun4 'sport = :51820'");
         assert_eq!(sockets.lines().count(), 2, "{sockets}");
     }
-    eventually("an answer through the tunnel", Duration::from_secs(15), || {
-        let outcome = a.host.try_sh("ping -n -c 1 -W 2 10.9.0.2");
-        if outcome.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&outcome.stdout).into_owned()) }
+    eventually("an answer through the tunnel", Duration::from_secs(15), || match ping(&a.host, "10.9.0.2", 1, "0.2") {
+        1 => Ok(()),
+        lost => Err(lost),
     });
 
     // Numbered datagrams both ways, beside four TCP streams.
@@ -131,12 +94,9 @@ fn two_queues_and_two_sockets(name: &str, workers: Option<&str>) {
     receivers.iter_mut().for_each(|receiver| receiver.wait_line("listening", Duration::from_secs(10)));
     let _senders =
         [datagrams(&a.host, "send", "send", "10.9.0.2", "8"), datagrams(&b.host, "send", "send", "10.9.0.1", "8")];
-    let mut server = b.host.spawn("iperf3", b.host.command("iperf3").args(["-s", "-1", "--forceflush"]));
-    server.wait_line("Server listening", Duration::from_secs(5));
-    let report = a.host.sh("iperf3 -c 10.9.0.2 -P 4 -t 5 -J");
-    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
-    let moved = report["end"]["sum_received"]["bytes"].as_u64().unwrap();
-    let retransmits = report["end"]["sum_sent"]["retransmits"].as_u64().unwrap();
+    let report = iperf3(&a.host, &b.host, "10.9.0.2", "-P 4 -t 5");
+    let moved = report["sum_received"]["bytes"].as_u64().unwrap();
+    let retransmits = report["sum_sent"]["retransmits"].as_u64().unwrap();
     println!("{name}: four TCP streams moved {} MB with {retransmits} retransmissions", moved / 1_000_000);
     assert!(moved > 1_000_000);
     for (receiver, to) in receivers.iter_mut().zip(["a", "b"]) {
@@ -147,8 +107,7 @@ fn two_queues_and_two_sockets(name: &str, workers: Option<&str>) {
         let numbers: Vec<u64> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         assert!(numbers[0] > 1_000 && numbers[1] == 0, "{said}");
     }
-    let ping = a.host.sh("ping -n -q -c 50 -i 0.02 -W 2 10.9.0.2");
-    assert!(ping.contains(" 0% packet loss"), "{ping}");
+    assert_eq!(ping(&a.host, "10.9.0.2", 50, "0.02"), 50);
 }
 
 #[test]

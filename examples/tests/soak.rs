@@ -29,7 +29,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::{Scope, ScopedJoinHandle, scope, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use lab::{Host, Lab, Process, eventually};
+use lab::wireguard::End;
+use lab::{Host, Lab, eventually};
 
 /// How old a session gets. Initiations keep 5 s apart all the same.
 const REKEY_AFTER_MS: &str = "3000";
@@ -42,58 +43,16 @@ const PIECE: usize = 16 << 10;
 /// How much the hub's resident memory may grow after a quarter of the time.
 const GROWTH_KIB: u64 = 1024;
 
-struct End {
-    process: Process,
-    host: Host,
-    interface: String,
-    public: String,
+fn resident_kib(end: &End) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", end.process.id())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-impl End {
-    fn start(host: &Host, name: &str, number: u8) -> Self {
-        let interface = format!("sk{}{name}", std::process::id());
-        let mut command = host.command(env!("CARGO_BIN_EXE_mesh-wireguard"));
-        command.args([&interface, "--foreground"]).env("MESH_TEST_REKEY_AFTER_MS", REKEY_AFTER_MS);
-        let mut process = host.spawn("mesh-wireguard", &mut command);
-        process.wait_line("ready", Duration::from_secs(30));
-        host.sh(&format!(
-            "umask 077; wg genkey > private; wg set {interface} private-key private listen-port 51820
-             ip addr add 10.9.0.{number}/24 dev {interface}; ip link set {interface} up"
-        ));
-        let public = host.sh("wg pubkey < private").trim().to_owned();
-        Self { process, host: host.clone(), interface, public }
-    }
-
-    fn add_peer(&self, peer: &Self, number: u8, endpoint: &str) {
-        let (interface, public) = (&self.interface, &peer.public);
-        self.host
-            .sh(&format!("wg set {interface} peer {public} allowed-ips 10.9.0.{number}/32 endpoint {endpoint}:51820"));
-    }
-
-    /// A column of `wg show` for one peer.
-    fn show(&self, peer: &Self, what: &str) -> Vec<u64> {
-        let text = self.host.sh(&format!("wg show {} {what}", self.interface));
-        let line = text.lines().find(|line| line.starts_with(&peer.public)).unwrap_or_default();
-        line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect()
-    }
-
-    fn resident_kib(&self) -> u64 {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        line.split_whitespace().next().unwrap().parse().unwrap()
-    }
-
-    /// What the kernel threw away on the way into this tunnel, and at this host's sockets.
-    fn kernel_drops(&self) -> String {
-        let path = format!("/sys/class/net/{}/statistics/tx_dropped", self.interface);
-        self.host.sh(&format!("echo tun $(cat {path}), $(nstat -az UdpRcvbufErrors | tail -1)"))
-    }
-}
-
-impl Drop for End {
-    fn drop(&mut self) {
-        self.process.terminate();
-    }
+/// What the kernel threw away on the way into this tunnel, and at this host's sockets.
+fn kernel_drops(end: &End) -> String {
+    let path = format!("/sys/class/net/{}/statistics/tx_dropped", end.interface);
+    end.host.sh(&format!("echo tun $(cat {path}), $(nstat -az UdpRcvbufErrors | tail -1)"))
 }
 
 /// Does something inside a host's namespace; sockets made there stay there.
@@ -212,9 +171,9 @@ fn stream<'scope>(
 /// Takes the third peer away and brings it back, by turns by configuration and by pulling the cable.
 fn flap(hub: &End, flapping: &End, round: u32) {
     if round.is_multiple_of(2) {
-        hub.host.sh(&format!("wg set {} peer {} remove", hub.interface, flapping.public));
+        hub.remove_peer(flapping);
         sleep(Duration::from_millis(700));
-        hub.add_peer(flapping, 3, "192.168.78.2");
+        hub.add_peer(flapping, "endpoint 192.168.78.2:51820");
     } else {
         hub.host.sh("ip link set eth1 down");
         sleep(Duration::from_millis(1500));
@@ -230,11 +189,12 @@ fn nothing_is_lost_between_steady_peers_while_another_flaps() {
     let [a, b, c] = ["hub", "steady", "flap"].map(|name| lab.host(name));
     lab.link((&a, "eth0", "192.168.77.1/24"), (&b, "eth0", "192.168.77.2/24"));
     lab.link((&a, "eth1", "192.168.78.1/24"), (&c, "eth0", "192.168.78.2/24"));
-    let (hub, steady, flapping) = (End::start(&a, "a", 1), End::start(&b, "b", 2), End::start(&c, "c", 3));
-    hub.add_peer(&steady, 2, "192.168.77.2");
-    steady.add_peer(&hub, 1, "192.168.77.1");
-    hub.add_peer(&flapping, 3, "192.168.78.2");
-    flapping.add_peer(&hub, 1, "192.168.78.1");
+    let [hub, steady, flapping] = [(&a, 1), (&b, 2), (&c, 3)]
+        .map(|(host, number)| End::ours(host, number, &[("MESH_TEST_REKEY_AFTER_MS", REKEY_AFTER_MS)]));
+    hub.add_peer(&steady, "endpoint 192.168.77.2:51820");
+    steady.add_peer(&hub, "endpoint 192.168.77.1:51820");
+    hub.add_peer(&flapping, "endpoint 192.168.78.2:51820");
+    flapping.add_peer(&hub, "endpoint 192.168.78.1:51820");
     for address in ["10.9.0.2", "10.9.0.3"] {
         hub.host.sh(&format!("ping -q -c 2 -i 0.2 -W 10 {address}"));
     }
@@ -251,8 +211,8 @@ fn nothing_is_lost_between_steady_peers_while_another_flaps() {
         let start = Instant::now();
         while start.elapsed() < duration {
             sleep(Duration::from_secs(1));
-            handshakes.extend(hub.show(&steady, "latest-handshakes"));
-            resident.push(hub.resident_kib());
+            handshakes.insert(hub.last_handshake(&steady));
+            resident.push(resident_kib(&hub));
             if start.elapsed().as_secs() / 4 > u64::from(flaps) {
                 flap(&hub, &flapping, flaps);
                 flaps += 1;
@@ -272,7 +232,7 @@ fn nothing_is_lost_between_steady_peers_while_another_flaps() {
     });
     pings.terminate();
 
-    let kernel = [&hub, &steady].map(End::kernel_drops);
+    let kernel = [&hub, &steady].map(kernel_drops);
     println!("{seconds} s, {flaps} flaps, {} handshakes with the steady peer", handshakes.len());
     println!(
         "steady, UDP: {flows:?}\nflapping, UDP: {stray:?}\nsteady, TCP bytes: {streams:?}\nthe kernel dropped {kernel:?}"
@@ -290,7 +250,7 @@ fn nothing_is_lost_between_steady_peers_while_another_flaps() {
     assert!(handshakes.len() as u64 >= seconds / 9, "{handshakes:?}");
     // Both ends have come to rest, and each has opened what the other has sealed.
     for (from, to) in [(&hub, &steady), (&steady, &hub)] {
-        let (sent, received) = (from.show(to, "transfer")[1], to.show(from, "transfer")[0]);
+        let (sent, received) = (from.transfer(to).1, to.transfer(from).0);
         assert!(sent.abs_diff(received) < 4096, "{sent} bytes sent, {received} received");
     }
     let (early, last) = (resident[resident.len() / 4], *resident.last().unwrap());

