@@ -276,6 +276,10 @@ impl Dataplane {
             stopped: AtomicBool::new(false),
         });
         let plane = Self { shared, threads: Mutex::default() };
+        if let Some(device) = plane.shared.device.waits() {
+            let shared = Arc::downgrade(&plane.shared);
+            device.lend(Box::new(move || shared.upgrade().is_some_and(|shared| transmit::read_now(&shared))));
+        }
         for queue in 0..plane.shared.queues.len() {
             plane.spawn(&format!("mesh-tx-{queue}"), move |shared| transmit::run(shared, queue))?;
         }

@@ -34,6 +34,7 @@ mod packet;
 mod parcel;
 mod phy;
 mod recovery;
+mod splice;
 mod stack;
 mod tcp;
 #[cfg(test)]

@@ -77,6 +77,12 @@ pub trait Waits {
     /// Leaves those who wait asleep although packets come, or no longer. Whoever hushes a device reads from it, and
     /// always takes the hush off again: what is left then wakes those who wait.
     fn hush(&self, hushed: bool);
+
+    /// Has `read` called by threads that have made the device readable, while readers wait. It reads what there is and
+    /// says so, or says that it may not, and the readers are woken. By default it is never called.
+    fn lend(&self, read: Box<dyn Fn() -> bool + Send + Sync>) {
+        drop(read);
+    }
 }
 
 /// The error that a closed device answers with.

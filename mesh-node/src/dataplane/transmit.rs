@@ -18,7 +18,10 @@ use mesh_tun::packet::{self, Packet, Transport};
 use super::fit::Fit;
 use super::peer::PeerCell;
 use super::workers::{Handover, Outbound, Run};
-use super::{DropReason, IDLE, Notice, NumberedSocket, Shared};
+use super::{BATCH, DropReason, IDLE, Notice, NumberedSocket, Shared};
+
+/// Batches that a borrower sends before it gives the transmitter back.
+const LENT_STEPS: usize = 4;
 
 /// Carries packets from a queue of the device until it is closed.
 pub(super) fn run(shared: &Shared, queue: usize) {
@@ -67,14 +70,25 @@ impl<'a> Lent<'a> {
         Some(Self { shared, device, transmitter })
     }
 
-    /// Sends what can be read by now, a batch at most; the TX thread goes on with the rest.
+    /// Sends what can be read by now, a few batches at most; the TX thread goes on with the rest.
     pub(super) fn step_and_return(mut self) {
-        // A device that has failed says so to the TX thread too.
-        let _ = self.transmitter.step(self.shared, Duration::ZERO);
+        for _ in 0..LENT_STEPS {
+            // A device that has failed says so to the TX thread too.
+            match self.transmitter.step(self.shared, Duration::ZERO) {
+                Ok(BATCH..) => {}
+                Ok(_) | Err(_) => break,
+            }
+        }
         let (device, transmitter) = (self.device, self.transmitter);
         drop(transmitter);
         device.hush(false);
     }
+}
+
+/// Sends what can be read by now, if this thread may; says whether it has.
+pub(super) fn read_now(shared: &Shared) -> bool {
+    let lent = if shared.is_stopped() { None } else { Lent::take(shared) };
+    lent.map(Lent::step_and_return).is_some()
 }
 
 /// Sends what is parked for `peer` on `session`, and from then on everything.

@@ -83,4 +83,8 @@ impl Waits for StackDevice {
     fn hush(&self, hushed: bool) {
         self.shared.hush(hushed);
     }
+
+    fn lend(&self, read: Box<dyn Fn() -> bool + Send + Sync>) {
+        self.shared.set_pump(read);
+    }
 }

@@ -1,10 +1,11 @@
 //! The thread, the queues and the lock around [`Stack`].
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -173,6 +174,7 @@ impl Handle {
             signalled: Condvar::new(),
             outbox: Mutex::new(Outbox::default()),
             outbox_ready: Condvar::new(),
+            pump: OnceLock::new(),
             outbox_len: AtomicUsize::new(0),
             reader: Mutex::new(Reader::default()),
             unread: AtomicBool::new(false),
@@ -234,6 +236,15 @@ struct Reader {
     used: Vec<Vec<u8>>,
 }
 
+/// Reads the device, if nobody else does; says whether it has.
+struct Pump(Box<dyn Fn() -> bool + Send + Sync>);
+
+impl fmt::Debug for Pump {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pump")
+    }
+}
+
 /// What streams, the thread and the device side share.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -245,6 +256,7 @@ pub(super) struct Shared {
     signalled: Condvar,
     outbox: Mutex<Outbox>,
     outbox_ready: Condvar,
+    pump: OnceLock<Pump>,
     /// Packets in the outbox, readable without its lock.
     outbox_len: AtomicUsize,
     /// One thread reads; the lock is for those that do not keep to it.
@@ -283,25 +295,54 @@ impl Shared {
         let now = now();
         stack.set_transmit_limit(self.room());
         let result = f(&mut stack, now);
-        self.send_out(&mut stack, now);
+        let awaited = self.send_out(&mut stack, now);
+        let woken = stack.take_woken();
         let next = stack.poll_timeout();
         let sooner = match (next, *lock(&self.wakes_at)) {
             (Some(next), Some(planned)) => next < planned,
             (Some(_), None) => true,
             (None, _) => false,
         };
-        if sooner || stack.has_events() {
+        let kick = sooner || stack.has_events();
+        drop(stack);
+        if kick {
             self.kick();
         }
+        woken.into_iter().for_each(Waker::wake);
+        if awaited {
+            self.pass_on();
+        }
         result
+    }
+
+    /// Has packets read that somebody waits for: by this very thread if it may, or by the one that waits.
+    fn pass_on(&self) {
+        if self.pump.get().is_some_and(|pump| (pump.0)()) {
+            return;
+        }
+        let mut outbox = lock(&self.outbox);
+        // Whoever has read it by now may wait again, for what is to come.
+        if self.is_readable(&outbox) && std::mem::take(&mut outbox.awaited) {
+            drop(outbox);
+            self.outbox_ready.notify_one();
+        }
+    }
+
+    /// Has `pump` called by threads that have made the device readable while nobody reads; see
+    /// [`Waits::lend`](mesh_tun::device::Waits::lend).
+    pub(super) fn set_pump(&self, pump: Box<dyn Fn() -> bool + Send + Sync>) {
+        // A second data plane on the same device is woken instead.
+        let _ = self.pump.set(Pump(pump));
     }
 
     fn room(&self) -> usize {
         self.outbox_capacity.saturating_sub(self.outbox_len.load(Ordering::Acquire))
     }
 
-    /// Lets sockets send until they are done or the outbox is full. Order is kept: the caller holds the stack's lock.
-    fn send_out(&self, stack: &mut Stack, now: Instant) {
+    /// Lets sockets send until they are done or the outbox is full. Order is kept: the caller holds the stack's lock. Says
+    /// whether somebody waits for what there is to read now.
+    #[must_use]
+    fn send_out(&self, stack: &mut Stack, now: Instant) -> bool {
         loop {
             stack.flush(now);
             let mut outbox = lock(&self.outbox);
@@ -318,14 +359,11 @@ impl Shared {
             }
             let full = len >= self.outbox_capacity;
             outbox.starved = full && stack.is_blocked();
-            let awaited = len > 0 && !outbox.hushed && std::mem::take(&mut outbox.awaited);
+            let awaited = len > 0 && !outbox.hushed && outbox.awaited;
             drop(outbox);
-            if awaited {
-                self.outbox_ready.notify_one();
-            }
             stack.set_transmit_limit(self.room());
             if full || !stack.is_blocked() {
-                return;
+                return awaited;
             }
         }
     }
@@ -478,15 +516,23 @@ impl Shared {
                 stack.set_transmit_limit(usize::MAX);
                 stack.close(started);
                 self.finish(&mut stack);
+                let woken = stack.take_woken();
+                drop(stack);
+                woken.into_iter().for_each(Waker::wake);
                 return;
             }
             stack.set_transmit_limit(self.room());
             stack.handle_timeout(started);
-            self.send_out(&mut stack, started);
+            let awaited = self.send_out(&mut stack, started);
+            let woken = stack.take_woken();
             let dropped = self.offer(&mut stack, requests);
             deadline = stack.poll_timeout();
             *lock(&self.wakes_at) = deadline;
             drop(stack);
+            woken.into_iter().for_each(Waker::wake);
+            if awaited {
+                self.pass_on();
+            }
             // A request that nobody takes reaches for the stack when it is dropped.
             drop(dropped);
         }

@@ -17,12 +17,14 @@
 mod incoming;
 mod outgoing;
 mod ports;
+mod splice;
 mod tcp;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
@@ -34,6 +36,8 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 use ipnet::IpNet;
 use mesh_tun::offload::Coalescer;
 use ports::{Listener, Udp};
+use splice::Splice;
+pub(super) use splice::{Half, Local};
 
 use super::packet::{self, Flow};
 use super::parcel::LONGEST;
@@ -46,6 +50,8 @@ use super::{Bind, Config};
 const BURST: usize = 16;
 /// Packets received for one connection before it may answer.
 const SEGMENTS_PER_ACK: usize = 2;
+/// How long a single packet waits for another one, or for data to go along with its answer.
+const ACK_DELAY: Duration = Duration::from_millis(10);
 /// IPv4 and TCP headers.
 const HEADERS: usize = 40;
 /// Full packets that one acknowledgement may count for when the congestion window grows (as RFC 3465 §2.3, which is about
@@ -142,6 +148,8 @@ struct Conn {
     moved: usize,
     /// Packets received since it was asked what it has to send.
     unanswered: usize,
+    /// The local socket that it is spliced to.
+    splice: Option<Box<Splice>>,
 }
 
 impl Conn {
@@ -198,6 +206,9 @@ pub(super) struct Stack {
     ready: VecDeque<ConnId>,
     half_open: usize,
     time_wait: BTreeSet<ConnId>,
+    /// Spliced connections that packets have come for, and tasks to be woken.
+    stirred: Vec<ConnId>,
+    woken: Vec<Waker>,
     parked: BTreeMap<Flow, Vec<u8>>,
     listeners: BTreeMap<Bind, Listener>,
     udp: BTreeMap<UdpId, Udp>,
@@ -245,6 +256,8 @@ impl Stack {
             ready: VecDeque::new(),
             half_open: 0,
             time_wait: BTreeSet::new(),
+            stirred: Vec::new(),
+            woken: Vec::new(),
             parked: BTreeMap::new(),
             listeners: BTreeMap::new(),
             udp: BTreeMap::new(),

@@ -38,6 +38,11 @@ impl TcpStream {
             .map_err(|kind| self.error(kind))
     }
 
+    /// The stack, and what this connection is called there.
+    pub(super) fn parts(&self) -> (&Shared, ConnId) {
+        (&self.shared, self.id)
+    }
+
     /// Our end.
     pub fn local_addr(&self) -> SocketAddr {
         self.flow.local

@@ -1,7 +1,8 @@
 //! What becomes of packets that arrive.
 
 use super::{
-    Arrival, Conn, ConnId, Event, HEADERS, MAX_EVENTS, MAX_PARKED, MOST_ACKED, Origin, SEGMENTS_PER_ACK, Stack,
+    ACK_DELAY, Arrival, Conn, ConnId, Event, HEADERS, MAX_EVENTS, MAX_PARKED, MOST_ACKED, Origin, SEGMENTS_PER_ACK,
+    Stack,
 };
 use crate::netstack::packet::{self, Ack, Checksum, Flow, Parsed, Sent};
 use crate::netstack::parcel::Parcel;
@@ -10,7 +11,7 @@ use crate::netstack::{Bind, is_service_address};
 use mesh_tun::batch::Batch;
 use smoltcp::socket::tcp::State;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 impl Stack {
     /// Takes the packets of a batch from the mesh, those that follow in order in a flow as one. Says how many. Call
@@ -179,6 +180,9 @@ impl Stack {
             return;
         };
         self.phy.set_window(conn.window());
+        // Of several packets smoltcp sees one, and would wait for another.
+        let delay = if arrival.count >= SEGMENTS_PER_ACK { Duration::ZERO } else { ACK_DELAY };
+        conn.socket().set_ack_delay(Some(delay.into()));
         self.iface.poll_ingress_single(at, &mut self.phy.port(Some(arrival.packet)), &mut conn.sockets);
         self.phy.set_window(None);
         if let Some(answer) = self.phy.take_sent() {
@@ -191,7 +195,10 @@ impl Stack {
         }
         // The peer's window grows by acknowledgements, not by bytes (RFC 9293 §3.8.6.3): a long batch gets several.
         conn.unanswered += arrival.count;
-        if conn.unanswered >= SEGMENTS_PER_ACK && self.phy.has_room() {
+        if conn.splice.is_some() {
+            // Its answer waits until the local socket has been written to and read from.
+            self.stir(id);
+        } else if conn.unanswered >= SEGMENTS_PER_ACK && self.phy.has_room() {
             self.send_burst(now, id);
         } else {
             self.touch(id);

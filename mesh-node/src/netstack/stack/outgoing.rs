@@ -62,6 +62,7 @@ impl Stack {
     /// Lets every touched connection send, as far as there is room, and notes what has become of it.
     pub(in crate::netstack) fn flush(&mut self, now: Instant) {
         loop {
+            self.run_stirred(now);
             while self.phy.has_room() {
                 let Some(id) = self.ready.pop_front() else { break };
                 if let Some(conn) = self.conns.get_mut(&id) {
@@ -119,6 +120,7 @@ impl Stack {
                         self.flows.remove(&conn.flow);
                     }
                     self.set_deadline(id, None);
+                    self.wake_splice(id);
                 } else {
                     self.remove(id);
                 }

@@ -126,6 +126,7 @@ impl Stack {
             buffers: receives + sends,
             moved: 0,
             unanswered: 0,
+            splice: None,
         };
         self.conns.insert(id, conn);
         self.flows.insert(flow, id);
@@ -303,6 +304,7 @@ impl Stack {
     pub(in crate::netstack) fn release(&mut self, now: Instant, id: ConnId) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         conn.attached = false;
+        conn.splice = None;
         conn.expires = Some(now + LINGER_TIME);
         if conn.socket().can_recv() && conn.state() != State::Closed {
             conn.socket().abort();
