@@ -33,6 +33,7 @@
 //! assert!(took.is_some_and(|took| took <= Duration::from_millis(140)), "{took:?}");
 //! ```
 
+mod chatter;
 mod gateway;
 mod host;
 mod link;
@@ -46,6 +47,7 @@ pub mod scenario;
 mod stream;
 mod world;
 
+pub use chatter::Chatter;
 pub use gateway::{GatewayConfig, GatewayId, Router, Service};
 pub use host::{HostId, Sent};
 pub use link::Link;

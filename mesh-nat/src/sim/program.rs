@@ -64,6 +64,7 @@ pub struct Io<'a> {
 pub(super) enum Outgoing {
     Datagram { socket: SocketId, to: SocketAddr, datagram: Vec<u8> },
     Request { id: RequestId, to: SocketAddr, request: Vec<u8> },
+    Close(SocketId),
 }
 
 impl Io<'_> {
@@ -77,9 +78,9 @@ impl Io<'_> {
         self.sockets.open(family, port)
     }
 
-    /// Closes a socket.
+    /// Closes a socket once what was sent before has left.
     pub fn close(&mut self, socket: SocketId) {
-        self.sockets.close(socket);
+        self.out.push(Outgoing::Close(socket));
     }
 
     /// The port of a socket.
@@ -188,6 +189,7 @@ impl World {
             match outgoing {
                 Outgoing::Datagram { socket, to, datagram } => self.emit(host, socket, to, datagram),
                 Outgoing::Request { id, to, request } => self.request(host, id, to, &request),
+                Outgoing::Close(socket) => self.close_socket(host, socket),
             }
         }
         Some(result)
