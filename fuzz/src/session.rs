@@ -26,7 +26,7 @@ pub(crate) fn agent(now: Instant, bytes: &[u8]) {
     let mut agent = Agent::new(now, ours.clone(), NodePrivate::from_bytes([4; 32]).public(), [5; 32]);
     agent.set_sockets(vec![(SocketId(0), mesh_nat::path::Family::V4)]);
     let endpoints = vec![([192, 0, 2, 1], 41641).into()];
-    agent.set_peer(now, PeerConfig { node, disco: theirs.public(), home: None, endpoints });
+    agent.set_peer(now, PeerConfig { node, disco: theirs.public(), endpoints, ..PeerConfig::default() });
     let datagram = seal::seal(&theirs.public(), &theirs.box_with(&ours.public()), &mut rng(), message);
     let source = match first % 2 {
         0 => Source {

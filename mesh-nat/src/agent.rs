@@ -36,32 +36,43 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_derp::map::RegionId;
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePublic};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
+use crate::behaviour::Behaviour;
 use crate::disco::message::TxId;
 use crate::path::candidate::Target;
 use crate::path::probe::Probe;
-use crate::path::{Family, Path, SocketId};
+use crate::path::{Family, SocketId};
 use crate::timer::TimerTable;
 
+mod doubt;
 mod incoming;
 mod length;
+mod network;
+mod pace;
 mod peer;
 mod search;
+mod status;
 mod types;
+mod why;
 
-use peer::Peer;
+use doubt::Doubt;
+use pace::Pace;
+use peer::{Peer, within};
 pub use types::{Counters, Event, Mode, PeerConfig, PeerStatus, PingId, Reject, Source, Timing, Transmit};
+pub use why::Why;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
     Heartbeat(NodePublic),
     Retry(NodePublic),
+    Again(NodePublic),
+    Pace,
     Trust(NodePublic),
     Probe(TxId),
     UserPing(PingId),
@@ -79,6 +90,8 @@ struct UserPing {
 
 /// Datagrams that wait to be polled; more are dropped and counted.
 const MAX_TRANSMITS: usize = 8192;
+/// Data with shorter pauses is a steady flow.
+const STEADY: Duration = Duration::from_millis(500);
 /// User pings that may be under way.
 const MAX_USER_PINGS: usize = 256;
 
@@ -90,6 +103,8 @@ pub struct Agent {
     rng: StdRng,
     timing: Timing,
     mode: Mode,
+    /// What our own NATs do.
+    behaviour: Behaviour,
     /// The longest datagram of data; none if lengths are not probed.
     wanted: Option<usize>,
     /// The latest time that was passed in.
@@ -106,6 +121,7 @@ pub struct Agent {
     user_pings: BTreeMap<PingId, UserPing>,
     next_ping: u64,
     timers: TimerTable<Timer>,
+    pace: Pace,
     transmits: VecDeque<Transmit>,
     events: VecDeque<Event>,
     counters: Counters,
@@ -132,6 +148,7 @@ impl Agent {
             rng: StdRng::from_seed(seed),
             timing: Timing::default(),
             mode: Mode::Auto,
+            behaviour: Behaviour::default(),
             wanted: None,
             now,
             sockets: Vec::new(),
@@ -145,6 +162,7 @@ impl Agent {
             user_pings: BTreeMap::new(),
             next_ping: 0,
             timers: TimerTable::new(),
+            pace: Pace::new(now),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
             counters: Counters::default(),
@@ -184,12 +202,13 @@ impl Agent {
             peer.shared = None;
         }
         peer.home = config.home;
+        peer.behaviour = config.behaviour;
         let fresh = peer.set_listed(now, &self.sockets, config.endpoints, &mut self.counters);
         let engaged = peer.engaged(now, &self.timing);
         self.reselect(node);
         if engaged && self.mode != Mode::Relay {
             for target in fresh {
-                self.probe_within_budget(node, target);
+                self.probe_within_budget(node, target, search::Repeat::Yes);
             }
         }
     }
@@ -210,103 +229,8 @@ impl Agent {
             self.timers.clear(Timer::UserPing(id));
             self.events.push_back(Event::PingFailed { id, peer: *node });
         }
-        for timer in [Timer::Heartbeat(*node), Timer::Retry(*node), Timer::Trust(*node), Timer::Mtu(*node)] {
-            self.timers.clear(timer);
-        }
-    }
-
-    /// Our own addresses, best first: they go into call-me-maybes. Call it after each [`Event::NeedEndpoints`].
-    ///
-    /// If they have changed, active peers without a direct path hear of it at once.
-    pub fn set_endpoints(&mut self, now: Instant, endpoints: Vec<SocketAddr>) {
-        self.tick(now);
-        let mut list = Vec::new();
-        for endpoint in endpoints {
-            let endpoint = SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port());
-            if !list.contains(&endpoint) {
-                list.push(endpoint);
-            }
-        }
-        let news = list.len() != self.endpoints.len() || list.iter().any(|new| !self.endpoints.contains(new));
-        self.endpoints = list;
-        self.endpoints_at = Some(now);
-        self.endpoints_asked = None;
-        if !news {
-            return;
-        }
-        for node in self.engaged_peers() {
-            if self.peers.get(&node).is_some_and(|peer| peer.best.is_none()) {
-                self.send_call(node);
-            }
-        }
-    }
-
-    /// Our sockets. Candidates are tried from the first socket of their family. A change counts as [`Self::rebind`].
-    pub fn set_sockets(&mut self, sockets: Vec<(SocketId, Family)>) {
-        if sockets == self.sockets {
-            return;
-        }
-        self.sockets = sockets;
-        let now = self.now;
-        for peer in self.peers.values_mut() {
-            peer.candidates.retain(|target| self.sockets.iter().any(|(id, _)| *id == target.socket));
-            let listed = std::mem::take(&mut peer.listed);
-            peer.set_listed(now, &self.sockets, listed, &mut self.counters);
-        }
-        let sockets = &self.sockets;
-        self.owners.retain(|target, _| sockets.iter().any(|(id, _)| *id == target.socket));
-        self.rebind(now);
-    }
-
-    /// Says which paths may be used. Leaving a path takes effect at once.
-    pub fn set_mode(&mut self, mode: Mode) {
-        if mode != self.mode {
-            self.mode = mode;
-            self.rebind(self.now);
-        }
-    }
-
-    /// The network below has changed: forgets what has been proven, asks for our addresses, and searches anew for all
-    /// peers with recent traffic.
-    pub fn rebind(&mut self, now: Instant) {
-        self.tick(now);
-        self.endpoints_at = None;
-        self.endpoints_asked = None;
-        let stale: Vec<_> = self
-            .probes
-            .iter()
-            .filter(|(_, probe)| probe.path.is_direct() && probe.user.is_none())
-            .map(|(tx, _)| *tx)
-            .collect();
-        for tx in stale {
-            self.probes.remove(&tx);
-            self.timers.clear(Timer::Probe(tx));
-        }
-        for peer in self.peers.values_mut() {
-            peer.candidates.values_mut().for_each(crate::path::candidate::Candidate::forget);
-        }
-        for node in self.peers.keys().copied().collect::<Vec<_>>() {
-            self.reselect(node);
-        }
-        for node in self.engaged_peers() {
-            self.search(node, search::Urgency::Event);
-        }
-    }
-
-    /// The system says that `remote` cannot be reached from `socket`: what was proven about it no longer holds.
-    pub fn unreachable(&mut self, now: Instant, socket: SocketId, remote: SocketAddr) {
-        self.tick(now);
-        let target = Target { socket, remote };
-        let affected: Vec<_> = self
-            .peers
-            .iter_mut()
-            .filter_map(|(node, peer)| {
-                peer.candidates.get_mut(&target)?.proven = None;
-                Some(*node)
-            })
-            .collect();
-        for node in affected {
-            self.reselect(node);
+        for timer in [Timer::Heartbeat, Timer::Retry, Timer::Again, Timer::Trust, Timer::Mtu] {
+            self.timers.clear(timer(*node));
         }
     }
 
@@ -314,6 +238,9 @@ impl Agent {
     pub fn traffic(&mut self, now: Instant, peer: &NodePublic) {
         self.tick(now);
         let Some(state) = self.peers.get_mut(peer) else { return };
+        if !within(state.sent, now, STEADY) {
+            state.flowing = Some(now);
+        }
         state.sent = Some(now);
         if self.mode == Mode::Relay || self.sockets.is_empty() {
             return;
@@ -325,17 +252,6 @@ impl Agent {
             self.search(*peer, search::Urgency::Routine);
         } else if self.wanted.is_some() {
             self.timers.set_if_absent(Timer::Mtu(*peer), now);
-        }
-    }
-
-    /// We send to `peer` and hear nothing: asks at once whether its direct path still works, instead of at the next
-    /// heartbeat. Without an answer the path is given up after [`Timing::retries`]. Harmless while an answer is awaited.
-    pub fn suspect(&mut self, now: Instant, peer: &NodePublic) {
-        self.tick(now);
-        if self.mode != Mode::Relay && !self.timers.is_set(Timer::Retry(*peer)) {
-            self.check_best(*peer);
-            // Long datagrams may be what gets lost, and pings are short.
-            self.check_length(*peer);
         }
     }
 
@@ -397,6 +313,8 @@ impl Agent {
             match timer {
                 Timer::Heartbeat(node) => self.heartbeat(node),
                 Timer::Retry(node) => self.retry(node),
+                Timer::Again(node) => self.again(node),
+                Timer::Pace => self.pace_due(),
                 Timer::Trust(node) => self.lost(node),
                 Timer::Probe(tx) => {
                     self.probes.remove(&tx);
@@ -430,62 +348,6 @@ impl Agent {
         self.timers.next()
     }
 
-    // Getters
-
-    /// Where data for `peer` goes now.
-    #[must_use]
-    pub fn path(&self, peer: &NodePublic) -> Option<Path> {
-        self.peers.get(peer).and_then(|peer| peer.path(self.mode))
-    }
-
-    /// Whose the address is that `socket` sees as `remote`.
-    #[must_use]
-    pub fn owner(&self, socket: SocketId, remote: SocketAddr) -> Option<NodePublic> {
-        self.owners.get(&Target { socket, remote }).copied()
-    }
-
-    /// What is known about `peer`'s paths.
-    #[must_use]
-    pub fn status(&self, peer: &NodePublic) -> Option<PeerStatus> {
-        let state = self.peers.get(peer)?;
-        let best = state.best.and_then(|target| state.candidates.get(&target));
-        Some(PeerStatus {
-            path: state.path(self.mode),
-            latency: best.and_then(|candidate| candidate.round_trip).map(|round_trip| round_trip.smoothed()),
-            since: state.since,
-            candidates: state.candidates.len(),
-        })
-    }
-
-    /// The peers, in key order.
-    pub fn peers(&self) -> impl Iterator<Item = &NodePublic> {
-        self.peers.keys()
-    }
-
-    /// Our disco key, for control to publish.
-    #[must_use]
-    pub const fn disco_public(&self) -> DiscoPublic {
-        self.disco_public
-    }
-
-    /// Which paths may be used.
-    #[must_use]
-    pub const fn mode(&self) -> Mode {
-        self.mode
-    }
-
-    /// Our own addresses, as last set.
-    #[must_use]
-    pub fn endpoints(&self) -> &[SocketAddr] {
-        &self.endpoints
-    }
-
-    /// What did not fit.
-    #[must_use]
-    pub const fn counters(&self) -> Counters {
-        self.counters
-    }
-
     // Time never runs backwards in here, whatever the caller's clocks do.
     fn tick(&mut self, now: Instant) {
         self.now = self.now.max(now);
@@ -507,21 +369,24 @@ impl Agent {
 
     /// Chooses the direct path anew after something about the peer's candidates has changed.
     fn reselect(&mut self, node: NodePublic) {
-        let (now, trust, mode) = (self.now, self.timing.trust, self.mode);
+        let (now, timing, mode) = (self.now, self.timing, self.mode);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let best = match mode {
             Mode::Relay => None,
-            Mode::Auto | Mode::Direct => crate::path::select::select(now, trust, &peer.candidates, peer.best),
+            Mode::Auto | Mode::Direct => peer.choose(now, &timing),
         };
         if best != peer.best {
+            if peer.best.is_some() && best.is_some() {
+                peer.switched = Some(now);
+            }
             peer.best = best;
-            peer.retries = 0;
+            peer.doubt = Doubt::default();
             self.timers.clear(Timer::Retry(node));
             self.length_of_another_path(node);
         }
         let Some(peer) = self.peers.get_mut(&node) else { return };
         match best.and_then(|target| peer.candidates.get(&target)?.proven) {
-            Some(proven) => self.timers.set(Timer::Trust(node), proven + trust),
+            Some(proven) => self.timers.set(Timer::Trust(node), proven + timing.trust),
             None => self.timers.clear(Timer::Trust(node)),
         }
         self.refresh(node);
@@ -530,13 +395,15 @@ impl Agent {
     /// Tells the caller if data goes elsewhere now.
     fn refresh(&mut self, node: NodePublic) {
         let (now, mode) = (self.now, self.mode);
+        let Some(why) = self.peers.get(&node).map(|peer| self.why(peer)) else { return };
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let path = peer.path(mode);
         if path != peer.published {
             peer.published = path;
             peer.since = now;
-            self.events.push_back(Event::PathChanged { peer: node, path });
+            self.events.push_back(Event::PathChanged { peer: node, path, why });
         }
+        self.tell_backup(node);
         self.tell_limit(node);
     }
 }

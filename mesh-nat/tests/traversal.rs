@@ -116,7 +116,7 @@ fn nodes_unknown_to_each_others_lists_meet_by_answering_in_kind() {
             node: world.key(other),
             disco: world.disco(other).public(),
             home: Some(region()),
-            endpoints: Vec::new(),
+            ..PeerConfig::default()
         };
         world.with(this, |agent, now| agent.set_peer(now, config));
     }
@@ -199,9 +199,10 @@ fn one_way_traffic_keeps_the_path_at_both_ends_with_few_pings() {
     world.run_for(secs(60));
     assert_eq!((moved(&world, a), moved(&world, b)), moves, "the path never changed");
     let after = (world.sent(a), world.sent(b));
-    // Each end sends a ping and a pong every 3 s; the sender searches for better once a minute.
-    assert!(after.0.udp - before.0.udp <= 46, "{before:?} {after:?}");
-    assert!(after.1.udp - before.1.udp <= 46, "{before:?} {after:?}");
+    // Since nothing answers the data, the sender asks whether it arrives, less than once a second; each of its pings is
+    // answered, and pinged back every three seconds.
+    assert!(after.0.udp - before.0.udp <= 110, "{before:?} {after:?}");
+    assert!(after.1.udp - before.1.udp <= 110, "{before:?} {after:?}");
     assert!(after.0.relay - before.0.relay <= 2, "{before:?} {after:?}");
 }
 
@@ -394,8 +395,7 @@ fn a_ping_without_a_node_key_is_answered_and_attributed_if_only_one_node_has_the
     let twin = PeerConfig {
         node: mesh_noise::key::NodePublic::from_bytes([7; 32]),
         disco: world.disco(b).public(),
-        home: None,
-        endpoints: Vec::new(),
+        ..PeerConfig::default()
     };
     world.with(a, |agent, now| agent.set_peer(now, twin));
     assert_eq!(world.inject(a, source(2), &second), Ok(()));
@@ -412,7 +412,7 @@ fn a_peer_that_restarts_with_a_new_disco_key_is_found_again() {
         node: key,
         disco: DiscoPrivate::from_bytes([5; 32]).public(),
         home: RegionId::new(7),
-        endpoints: Vec::new(),
+        ..PeerConfig::default()
     };
     world.with(a, |agent, now| agent.set_peer(now, renewed));
     assert!(world.is_direct(a, b), "a new key alone does not end a path");
@@ -427,8 +427,9 @@ fn a_rebound_node_is_direct_again_within_three_round_trips() {
     world.run_for(secs(10));
     reboot(&mut world, a);
     world.with(a, |agent, now| agent.rebind(now));
-    assert!(!world.is_direct(a, b));
-    let took = world.run_until(secs(10), |world| world.is_direct(a, b)).expect("a direct path");
+    let in_doubt = |world: &World| world.agent(a).status(&world.key(b)).unwrap().backup.is_some();
+    assert!(world.is_direct(a, b) && in_doubt(&world), "the old path is kept, and the relay used as well");
+    let took = world.run_until(secs(10), |world| world.is_direct(a, b) && !in_doubt(world)).expect("a direct path");
     assert!(took <= RELAY_ROUND_TRIP * 3, "{took:?}");
 }
 

@@ -7,6 +7,7 @@ use mesh_derp::map::RegionId;
 use mesh_noise::key::NodePublic;
 
 use super::peer::within;
+use super::search::Repeat;
 use super::{Agent, Event, Mode, PingId, Reject, Source, Timer, UserPing};
 use crate::disco::message::{CallMeMaybe, Message, Ping, Pong};
 use crate::disco::seal;
@@ -16,6 +17,8 @@ use crate::path::probe::RoundTrip;
 
 /// Between two triggered checks of one address.
 const TRIGGER_INTERVAL: Duration = Duration::from_millis(250);
+/// So long, a ping to an address that has answered before may still be answered.
+const ASKED: Duration = Duration::from_millis(500);
 /// A call-me-maybe is answered in kind unless we sent one within this time.
 const CALL_BACK: Duration = Duration::from_secs(2);
 /// Attributed addresses per peer before those are dropped that are candidates no more.
@@ -95,16 +98,25 @@ impl Agent {
     fn learn(&mut self, node: NodePublic, target: Target) {
         let (now, timing) = (self.now, self.timing);
         let Some(peer) = self.peers.get_mut(&node) else { return };
+        let doubted = peer.best == Some(target) && peer.doubt.since().is_some();
         let Some(candidate) = peer.candidates.admit(now, target) else {
             self.counters.candidates_refused += 1;
             return;
         };
+        let fresh = candidate.seen.is_none() && candidate.proven.is_none();
         candidate.seen = Some(now);
         // Slightly less than a heartbeat, so that the end that only receives keeps its trust by the other's pings.
-        let known = candidate.proven_within(now, timing.heartbeat * 5 / 6);
-        if !known && !within(candidate.triggered, now, TRIGGER_INTERVAL) {
+        let proven = candidate.proven_within(now, timing.heartbeat * 5 / 6);
+        // Two that send heartbeats in step have asked already.
+        let asked = candidate.proven_within(now, timing.trust) && within(candidate.pinged, now, ASKED);
+        let known = proven || asked;
+        if (!known || doubted) && !within(candidate.triggered, now, TRIGGER_INTERVAL) {
             candidate.triggered = Some(now);
-            self.probe_within_budget(node, target);
+            self.probe_within_budget(node, target, Repeat::Yes);
+            if fresh && self.peers.get(&node).is_some_and(|peer| peer.best != Some(target)) {
+                // It may have moved, and the address that we know lead nowhere.
+                self.check_best(node);
+            }
         }
     }
 
@@ -147,14 +159,14 @@ impl Agent {
         let Some(peer) = self.peers.get_mut(&probe.peer) else { return Ok(()) };
         let Some(candidate) = peer.candidates.get_mut(&target) else { return Ok(()) };
         candidate.proven = Some(now);
+        candidate.tries = 0;
         candidate.observed = usable(pong.observed);
         match &mut candidate.round_trip {
             Some(round_trip) => round_trip.update(latency),
             empty => *empty = Some(RoundTrip::first(latency)),
         }
         if peer.best == Some(target) {
-            peer.retries = 0;
-            self.timers.clear(Timer::Retry(probe.peer));
+            self.undoubt(probe.peer);
         }
         if let Some(length) = probe.length {
             self.length_passes(probe.peer, target, length);
@@ -173,11 +185,16 @@ impl Agent {
         self.heard_by_relay(&node, region);
         let now = self.now;
         let Some(peer) = self.peers.get_mut(&node) else { return Err(Reject::UnknownSender) };
-        peer.set_called(now, &self.sockets, &call.endpoints, &mut self.counters);
-        let targets = peer.candidates.targets();
+        let fresh = peer.set_called(now, &self.sockets, &call.endpoints, &mut self.counters);
+        let repeat = peer.may_repeat(now, fresh);
         let call_back = peer.best.is_none() && !within(peer.called, now, CALL_BACK);
-        for target in targets {
-            self.probe_within_budget(node, target);
+        let best = peer.best;
+        // The peer asks because it has no path to us, or doubts it: ours may have gone too.
+        self.check_best(node);
+        for target in self.peers.get(&node).map(|peer| peer.candidates.targets()).unwrap_or_default() {
+            if Some(target) != best {
+                self.probe_within_budget(node, target, repeat);
+            }
         }
         if call_back {
             self.send_call(node);

@@ -136,7 +136,7 @@ mod tests {
             for (me, other) in [(0, 1), (1, 0)] {
                 let (agent, node, address) = &pair.agents[other];
                 let disco: DiscoPublic = agent.disco_public();
-                let config = PeerConfig { node: *node, disco, home: None, endpoints: vec![*address] };
+                let config = PeerConfig { node: *node, disco, endpoints: vec![*address], ..PeerConfig::default() };
                 pair.agents[me].0.set_peer(now, config);
             }
             pair

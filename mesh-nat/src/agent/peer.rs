@@ -6,10 +6,13 @@ use std::time::{Duration, Instant};
 use mesh_derp::map::RegionId;
 use mesh_noise::key::{DiscoPublic, SharedBox};
 
+use super::doubt::Doubt;
 use super::{Counters, Mode, Timing};
+use crate::behaviour::Behaviour;
 use crate::path::candidate::{Candidates, Target, usable};
 use crate::path::mtu::MtuSearch;
 use crate::path::probe::Budget;
+use crate::path::select::{Incumbent, select};
 use crate::path::{Family, Path, SocketId};
 
 /// How long after a call-me-maybe of ours we take part in a search without traffic of our own.
@@ -32,14 +35,28 @@ pub(super) struct Peer {
     /// The path that the caller knows of.
     pub(super) published: Option<Path>,
     pub(super) since: Instant,
+    /// Where the caller sends data as well.
+    pub(super) published_backup: Option<Path>,
+    /// What control says of its NATs.
+    pub(super) behaviour: Behaviour,
     /// When data was last sent.
     pub(super) sent: Option<Instant>,
+    /// When the steady flow of data began that `sent` belongs to.
+    pub(super) flowing: Option<Instant>,
     pub(super) searched: Option<Instant>,
+    /// When the search for a direct path began, if there is none.
+    pub(super) sought: Option<Instant>,
     /// When we last sent a call-me-maybe.
     pub(super) called: Option<Instant>,
     pub(super) budget: Budget,
-    /// Repetitions of the current heartbeat.
-    pub(super) retries: u8,
+    /// How far the direct path in use is doubted.
+    pub(super) doubt: Doubt,
+    /// When one direct path last gave way to another.
+    pub(super) switched: Option<Instant>,
+    /// When what was not answered was last tried again.
+    pub(super) repeated: Option<Instant>,
+    /// Whether the latest call-me-maybe is to be repeated if nothing comes of it.
+    pub(super) call_again: bool,
     /// The search for the limit of the direct path under way.
     pub(super) mtu: Option<MtuSearch>,
     /// The limit that the caller knows of.
@@ -58,11 +75,18 @@ impl Peer {
             best: None,
             published: None,
             since: now,
+            published_backup: None,
+            behaviour: Behaviour::default(),
             sent: None,
+            flowing: None,
             searched: None,
+            sought: None,
             called: None,
             budget: Budget::full(now),
-            retries: 0,
+            doubt: Doubt::default(),
+            switched: None,
+            repeated: None,
+            call_again: false,
             mtu: None,
             told_limit: None,
         }
@@ -82,6 +106,16 @@ impl Peer {
             Mode::Relay => relay,
             Mode::Direct => direct,
         }
+    }
+
+    /// The direct path to use now.
+    pub(super) fn choose(&self, now: Instant, timing: &Timing) -> Option<Target> {
+        let incumbent = self.best.map(|target| Incumbent {
+            target,
+            doubted: self.doubt.since(),
+            dwelling: within(self.switched, now, timing.dwell),
+        });
+        select(now, timing.trust, &self.candidates, incumbent)
     }
 
     pub(super) fn active(&self, now: Instant, timing: &Timing) -> bool {
@@ -120,22 +154,25 @@ impl Peer {
         fresh
     }
 
-    /// Replaces what the peer itself lists.
+    /// Replaces what the peer itself lists. True if anything of it is new.
     pub(super) fn set_called(
         &mut self,
         now: Instant,
         sockets: &[(SocketId, Family)],
         endpoints: &[SocketAddr],
         counters: &mut Counters,
-    ) {
+    ) -> bool {
         self.candidates.values_mut().for_each(|candidate| candidate.called = false);
+        let mut fresh = false;
         for target in targets(sockets, endpoints) {
+            fresh |= self.candidates.get(&target).is_none();
             match self.candidates.admit(now, target) {
                 Some(candidate) => candidate.called = true,
                 None => counters.candidates_refused += 1,
             }
         }
         self.candidates.prune(now, UNLISTED_LIFE);
+        fresh
     }
 }
 

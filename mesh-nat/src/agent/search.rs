@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use mesh_noise::key::NodePublic;
 use rand_core::Rng;
 
-use super::peer::within;
+use super::peer::{Peer, within};
 use super::{Agent, Event, MAX_TRANSMITS, Mode, PingId, Timer, Transmit};
 use crate::disco::message::{CallMeMaybe, Message, PING_LEN, Ping, TxId};
 use crate::disco::seal;
 use crate::path::Path;
-use crate::path::candidate::Target;
+use crate::path::candidate::{Candidate, Target};
 use crate::path::probe::Probe;
 
 /// The longest ping that a user may ask for, in bytes.
@@ -19,6 +19,14 @@ const MAX_PING: usize = 9000;
 const MAX_CALL: usize = 64;
 /// Between two requests for our own addresses.
 const ENDPOINTS_ASK: Duration = Duration::from_secs(5);
+/// Until an unanswered ping of a search is repeated.
+const AGAIN: Duration = Duration::from_millis(250);
+/// Until that is done once more.
+const AGAIN_LATER: Duration = Duration::from_millis(500);
+/// Pings to one address in one search: it and its repetitions.
+const TRIES: u8 = 3;
+/// Between two searches that repeat pings to addresses long known.
+const REPEAT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What makes a ping so long, or as long as it can be.
 fn padding(size: usize) -> usize {
@@ -34,43 +42,127 @@ pub(super) enum Urgency {
     Event,
 }
 
+/// Whether a ping that is not answered is sent again soon, twice at most: a single loss should not cost five seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Repeat {
+    /// It is.
+    Yes,
+    /// It is not: the address has not answered before either.
+    No,
+}
+
+impl Peer {
+    /// Whether pings to addresses that have long been known may be repeated: not in every search, lest addresses that
+    /// never answer are pinged three times as often. `fresh` says that some were not known.
+    pub(super) fn may_repeat(&mut self, now: Instant, fresh: bool) -> Repeat {
+        if !fresh && within(self.repeated, now, REPEAT_INTERVAL) {
+            return Repeat::No;
+        }
+        self.repeated = Some(now);
+        Repeat::Yes
+    }
+}
+
 impl Agent {
-    /// Pings candidates and asks the peer to ping ours.
+    /// Pings candidates and asks the peer to ping ours, when its turn comes.
     pub(super) fn search(&mut self, node: NodePublic, urgency: Urgency) {
         if self.mode == Mode::Relay || self.sockets.is_empty() {
             return;
         }
+        let Some(peer) = self.peers.get(&node) else { return };
+        let (due, call) = self.due(peer, urgency);
+        if !peer.disco.is_zero() && (call || !due.is_empty()) && self.admit_search(node) {
+            self.search_now(node, urgency);
+        }
+    }
+
+    /// What there is to be pinged, and whether the peer is to be asked to ping us.
+    fn due(&self, peer: &Peer, urgency: Urgency) -> (Vec<Target>, bool) {
+        let (now, span) = (self.now, self.timing.search);
+        let lately = |candidate: &Candidate| urgency == Urgency::Routine && within(candidate.pinged, now, span);
+        let due: Vec<_> =
+            peer.candidates.iter().filter(|(_, candidate)| !lately(candidate)).map(|(target, _)| *target).collect();
+        let call = urgency == Urgency::Event
+            || (!within(peer.called, now, span) && (!due.is_empty() || peer.candidates.is_empty()));
+        (due, call)
+    }
+
+    /// Pings candidates and asks the peer to ping ours.
+    pub(super) fn search_now(&mut self, node: NodePublic, urgency: Urgency) {
         let (now, timing) = (self.now, self.timing);
         let Some(peer) = self.peers.get_mut(&node) else { return };
-        if peer.disco.is_zero() {
-            return;
-        }
         peer.candidates.prune(now, timing.active);
+        if urgency == Urgency::Event || !within(peer.searched, now, timing.active) {
+            peer.sought = Some(now);
+        }
         peer.searched = Some(now);
-        let due: Vec<_> = peer
-            .candidates
-            .iter()
-            .filter(|(_, candidate)| urgency == Urgency::Event || !within(candidate.pinged, now, timing.search))
-            .map(|(target, _)| *target)
-            .collect();
-        let call = urgency == Urgency::Event
-            || (!within(peer.called, now, timing.search) && (!due.is_empty() || peer.candidates.is_empty()));
+        let (repeat, best) = (peer.may_repeat(now, urgency == Urgency::Event), peer.best);
+        let Some(peer) = self.peers.get(&node) else { return };
+        let (due, call) = self.due(peer, urgency);
         for target in due {
-            self.probe_within_budget(node, target);
+            if Some(target) == best {
+                self.check_best(node);
+            } else {
+                self.probe_within_budget(node, target, repeat);
+            }
         }
         if call {
             self.send_call(node);
+            if repeat == Repeat::Yes {
+                self.call_again(node);
+            }
         }
     }
 
     /// Pings one address unless the peer has used up its budget.
-    pub(super) fn probe_within_budget(&mut self, node: NodePublic, target: Target) {
+    pub(super) fn probe_within_budget(&mut self, node: NodePublic, target: Target, repeat: Repeat) {
         let now = self.now;
         let Some(peer) = self.peers.get_mut(&node) else { return };
-        if peer.budget.take(now) {
-            self.send_ping(node, target.into(), None, 0);
-        } else {
+        if !peer.budget.take(now) {
             self.counters.pings_suppressed += 1;
+            return;
+        }
+        if repeat == Repeat::Yes
+            && let Some(candidate) = peer.candidates.get_mut(&target)
+        {
+            candidate.tries = 1;
+            self.timers.set_if_absent(Timer::Again(node), now + AGAIN);
+        }
+        self.send_ping(node, target.into(), None, 0);
+    }
+
+    fn call_again(&mut self, node: NodePublic) {
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.call_again = true;
+            self.timers.set_if_absent(Timer::Again(node), self.now + AGAIN);
+        }
+    }
+
+    /// Repeats what has not been answered.
+    pub(super) fn again(&mut self, node: NodePublic) {
+        let now = self.now;
+        if self.mode == Mode::Relay {
+            return;
+        }
+        let Some(peer) = self.peers.get_mut(&node) else { return };
+        let call = std::mem::take(&mut peer.call_again) && peer.best.is_none();
+        let mut due = Vec::new();
+        for (target, candidate) in peer.candidates.iter_mut().filter(|(_, candidate)| candidate.tries > 0) {
+            // What was pinged only just now has its turn the next time.
+            if !within(candidate.pinged, now, AGAIN / 2) && peer.budget.take(now) {
+                candidate.tries = (candidate.tries + 1) % TRIES;
+                due.push(*target);
+            }
+        }
+        let more = peer.candidates.iter().any(|(_, candidate)| candidate.tries > 0);
+        for target in due {
+            self.send_ping(node, target.into(), None, 0);
+        }
+        if call {
+            self.send_call(node);
+        }
+        if more {
+            self.timers.set(Timer::Again(node), now + AGAIN_LATER);
         }
     }
 
@@ -152,53 +244,9 @@ impl Agent {
         let searched = peer.searched;
         // A triggered check may have pinged it just now.
         if !within(candidate.pinged, now, timing.heartbeat / 2) {
-            self.ping_best(node, best);
+            self.check_best(node);
         }
         if slow && !within(searched, now, timing.upgrade) {
-            self.search(node, Urgency::Routine);
-        }
-    }
-
-    /// Pings the path in use, if it is a direct one.
-    pub(super) fn check_best(&mut self, node: NodePublic) {
-        if let Some(best) = self.peers.get(&node).and_then(|peer| peer.best) {
-            self.ping_best(node, best);
-        }
-    }
-
-    fn ping_best(&mut self, node: NodePublic, best: Target) {
-        self.send_ping(node, best.into(), None, 0);
-        let patience = self
-            .peers
-            .get(&node)
-            .and_then(|peer| peer.candidates.get(&best)?.round_trip)
-            .map_or(self.timing.retry, |round_trip| round_trip.patience().max(self.timing.retry));
-        self.timers.set(Timer::Retry(node), self.now + patience);
-    }
-
-    /// A heartbeat has not been answered: repeats it, and in the end gives the path up before its trust ends.
-    pub(super) fn retry(&mut self, node: NodePublic) {
-        let Some(peer) = self.peers.get_mut(&node) else { return };
-        let Some(best) = peer.best else { return };
-        if peer.retries < self.timing.retries {
-            peer.retries += 1;
-            return self.ping_best(node, best);
-        }
-        if let Some(candidate) = peer.candidates.get_mut(&best) {
-            candidate.forget();
-        }
-        self.lost(node);
-    }
-
-    /// The path in use may have gone: takes another, or searches while the relay carries the data.
-    pub(super) fn lost(&mut self, node: NodePublic) {
-        self.reselect(node);
-        let Some(peer) = self.peers.get(&node) else { return };
-        if peer.best.is_none() {
-            // Our NAT may have forgotten us; then the addresses that we would tell the peer are wrong as well.
-            self.endpoints_at = None;
-        }
-        if peer.best.is_none() && peer.active(self.now, &self.timing) {
             self.search(node, Urgency::Routine);
         }
     }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use mesh_derp::map::RegionId;
 use mesh_noise::key::{DiscoPublic, NodePublic};
 
+use super::Why;
+use crate::behaviour::Behaviour;
 use crate::disco::message::DecodeError;
 use crate::path::{Path, SocketId};
 
@@ -40,10 +42,17 @@ pub struct Timing {
     pub good_enough: Duration,
     /// Older lists of our own addresses are sent, and refreshed at the same time. 27 s.
     pub endpoints_fresh: Duration,
-    /// Wait before an unanswered heartbeat is repeated, where the round trip does not ask for more. 400 ms.
+    /// Silence after sending that makes a direct path suspicious, where two round trips are not longer. 200 ms.
+    pub silence: Duration,
+    /// What that grows to while pings refute it again and again. 600 ms.
+    pub silence_max: Duration,
+    /// Wait for the answer to a ping along the path in use, where the round trip does not ask for more. 100 ms, and twice
+    /// as long after each one that is missed.
     pub retry: Duration,
     /// Repetitions before a silent path is given up. 3.
     pub retries: u8,
+    /// How long a direct path that has just replaced another one is left only for a much better one. 10 s.
+    pub dwell: Duration,
     /// Between two looks whether a path still carries the wanted length, while there is traffic. 15 s.
     pub mtu_confirm: Duration,
     /// Between two looks whether a path that carries less has grown wider. 60 s.
@@ -63,8 +72,11 @@ impl Default for Timing {
             upgrade: Duration::from_secs(60),
             good_enough: Duration::from_millis(5),
             endpoints_fresh: Duration::from_secs(27),
-            retry: Duration::from_millis(400),
+            silence: Duration::from_millis(200),
+            silence_max: Duration::from_millis(600),
+            retry: Duration::from_millis(100),
             retries: 3,
+            dwell: Duration::from_secs(10),
             mtu_confirm: Duration::from_secs(15),
             mtu_raise: Duration::from_secs(60),
             mtu_round: Duration::from_millis(200),
@@ -73,7 +85,7 @@ impl Default for Timing {
 }
 
 /// What control says about a peer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PeerConfig {
     /// Its node key.
     pub node: NodePublic,
@@ -83,6 +95,8 @@ pub struct PeerConfig {
     pub home: Option<RegionId>,
     /// Where it may be reached. Unusable addresses and all beyond the first hundred are ignored.
     pub endpoints: Vec<SocketAddr>,
+    /// What its NATs do, as far as it has told.
+    pub behaviour: Behaviour,
 }
 
 /// Where a datagram came from.
@@ -133,6 +147,16 @@ pub enum Event {
         peer: NodePublic,
         /// The way.
         path: Option<Path>,
+        /// Why.
+        why: Why,
+    },
+    /// The path in use is in doubt: every packet for the peer goes along `backup` as well, until this comes again with
+    /// `None`. The receiver's replay window drops the second copy.
+    BackupChanged {
+        /// The peer.
+        peer: NodePublic,
+        /// The second way: a relay. None is needed if the path is not in doubt.
+        backup: Option<Path>,
     },
     /// The path to the peer carries datagrams of so many bytes at most.
     LimitChanged {
@@ -221,10 +245,16 @@ pub struct Counters {
 pub struct PeerStatus {
     /// Where data goes.
     pub path: Option<Path>,
+    /// Where data goes as well, while `path` is in doubt.
+    pub backup: Option<Path>,
     /// Smoothed round trip of the direct path in use.
     pub latency: Option<Duration>,
+    /// The longest datagram that the direct path in use carries, in bytes, if that is less than is wanted.
+    pub limit: Option<usize>,
     /// Since when `path` is what it is.
     pub since: Instant,
+    /// Why `path` is what it is.
+    pub why: Why,
     /// Addresses known.
     pub candidates: usize,
 }

@@ -36,6 +36,8 @@ pub(crate) struct Candidate {
     pub(crate) pinged: Option<Instant>,
     /// When we last pinged it because a ping came from it.
     pub(crate) triggered: Option<Instant>,
+    /// Pings of the present search that it has not answered; 0 if it is not to be tried again.
+    pub(crate) tries: u8,
     /// When a pong last proved it.
     pub(crate) proven: Option<Instant>,
     pub(crate) round_trip: Option<RoundTrip>,
@@ -79,6 +81,10 @@ impl Candidates {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&Target, &Candidate)> {
         self.0.iter()
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (&Target, &mut Candidate)> {
+        self.0.iter_mut()
     }
 
     pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut Candidate> {

@@ -47,7 +47,23 @@ impl RoundTrip {
     }
 }
 
-/// A token bucket: pings towards one peer, heartbeats and user pings not counted.
+/// How much a [`Budget`] allows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rate {
+    /// At once.
+    burst: u32,
+    /// Until one more is allowed.
+    refill: Duration,
+}
+
+impl Rate {
+    /// Pings towards one peer, heartbeats and user pings not counted: every candidate once, and some.
+    const PEER: Self = Self { burst: 128, refill: Duration::from_millis(40) };
+    /// Searches for peers of one node.
+    pub(crate) const SEARCHES: Self = Self { burst: 64, refill: Duration::from_millis(2) };
+}
+
+/// A token bucket.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Budget {
     tokens: u32,
@@ -55,24 +71,29 @@ pub(crate) struct Budget {
 }
 
 impl Budget {
-    /// Pings in one burst: every candidate once, and some.
-    pub(crate) const BURST: u32 = 128;
-    /// One token comes back per this time.
-    const REFILL: Duration = Duration::from_millis(40);
-
+    /// For pings towards one peer.
     pub(crate) const fn full(now: Instant) -> Self {
-        Self { tokens: Self::BURST, refilled: now }
+        Self::full_of(now, Rate::PEER)
     }
 
     pub(crate) fn take(&mut self, now: Instant) -> bool {
-        let gained = now.saturating_duration_since(self.refilled).as_millis() / Self::REFILL.as_millis();
-        let room = Self::BURST - self.tokens;
+        self.take_of(now, Rate::PEER)
+    }
+
+    /// For whatever `rate` is for, as in each [`Self::take_of`] that follows.
+    pub(crate) const fn full_of(now: Instant, rate: Rate) -> Self {
+        Self { tokens: rate.burst, refilled: now }
+    }
+
+    pub(crate) fn take_of(&mut self, now: Instant, rate: Rate) -> bool {
+        let gained = now.saturating_duration_since(self.refilled).as_millis() / rate.refill.as_millis();
+        let room = rate.burst - self.tokens;
         match u32::try_from(gained) {
             Ok(gained) if gained < room => {
                 self.tokens += gained;
-                self.refilled += Self::REFILL * gained;
+                self.refilled += rate.refill * gained;
             }
-            Ok(_) | Err(_) => *self = Self::full(now),
+            Ok(_) | Err(_) => *self = Self::full_of(now, rate),
         }
         let taken = self.tokens > 0;
         self.tokens -= u32::from(taken);

@@ -12,6 +12,8 @@ use std::time::Duration;
 const FLOOR: Duration = Duration::from_millis(2);
 /// Points that a challenger must be ahead of a path in use.
 const HYSTERESIS: u32 = 5;
+/// The same, if that path has only just replaced another one: what a private address is worth is enough.
+const DWELL: u32 = 19;
 
 /// What the comparison looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +31,12 @@ impl Quality {
         self.points(other) > other.points(self)
     }
 
-    /// Whether this is better enough to leave `current`, which works.
+    /// Whether this is better enough to leave `current`, which works. If `current` is `dwelling`, since it has itself just
+    /// replaced another path, this must be much better.
     #[must_use]
-    pub fn displaces(&self, current: &Self) -> bool {
-        self.points(current) > current.points(self) + HYSTERESIS
+    pub fn displaces(&self, current: &Self, dwelling: bool) -> bool {
+        let ahead = if dwelling { DWELL } else { HYSTERESIS };
+        self.points(current) > current.points(self) + ahead
     }
 
     /// Points against `other`.
@@ -93,8 +97,8 @@ mod tests {
     fn a_little_better_does_not_displace_and_noise_does_not_count() {
         let current = quality("192.0.2.1:1", 100);
         assert!(quality("198.51.100.1:1", 97).beats(&current));
-        assert!(!quality("198.51.100.1:1", 97).displaces(&current));
-        assert!(quality("198.51.100.1:1", 90).displaces(&current));
+        assert!(!quality("198.51.100.1:1", 97).displaces(&current, false));
+        assert!(quality("198.51.100.1:1", 90).displaces(&current, false));
         assert_eq!(quality("192.0.2.1:1", 0).points(&quality("198.51.100.1:1", 1)), 0);
     }
 }

@@ -5,19 +5,39 @@ use std::time::{Duration, Instant};
 use super::candidate::{Candidate, Candidates, Target};
 use super::score::Quality;
 
+/// The target in use.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Incumbent {
+    pub(crate) target: Target,
+    /// Since when it has left pings unanswered.
+    pub(crate) doubted: Option<Instant>,
+    /// Whether it has only just replaced another one.
+    pub(crate) dwelling: bool,
+}
+
 /// The target to use now, given the one in use. `None` when nothing has been proven within `trust`.
-pub(crate) fn select(now: Instant, trust: Duration, set: &Candidates, current: Option<Target>) -> Option<Target> {
+pub(crate) fn select(now: Instant, trust: Duration, set: &Candidates, incumbent: Option<Incumbent>) -> Option<Target> {
     let quality = |target: &Target, candidate: &Candidate| {
         let round_trip = candidate.round_trip.filter(|_| candidate.proven_within(now, trust))?;
         Some(Quality { remote: target.remote, latency: round_trip.smoothed() })
     };
-    let proven = set.iter().filter_map(|(target, candidate)| Some((*target, quality(target, candidate)?)));
-    let best = proven.reduce(|best, next| if next.1.beats(&best.1) { next } else { best })?;
-    let held = current.and_then(|target| Some((target, quality(&target, set.get(&target)?)?)));
-    Some(match held {
-        Some((target, quality)) if !best.1.displaces(&quality) => target,
-        Some(_) | None => best.0,
-    })
+    let best_of = |wanted: &dyn Fn(&Target, &Candidate) -> bool| {
+        let wanted = set.iter().filter(|(target, candidate)| wanted(target, candidate));
+        let proven = wanted.filter_map(|(target, candidate)| Some((*target, quality(target, candidate)?)));
+        proven.reduce(|best, next| if next.1.beats(&best.1) { next } else { best })
+    };
+    let best = best_of(&|_, _| true)?;
+    let Some(incumbent) = incumbent else { return Some(best.0) };
+    let held = set.get(&incumbent.target).and_then(|candidate| quality(&incumbent.target, candidate));
+    let Some(held) = held else { return Some(best.0) };
+    if let Some(since) = incumbent.doubted {
+        // Whatever answers is better than what does not.
+        let answers = |target: &Target, candidate: &Candidate| {
+            *target != incumbent.target && candidate.proven.is_some_and(|at| at > since)
+        };
+        return Some(best_of(&answers).map_or(incumbent.target, |(target, _)| target));
+    }
+    Some(if best.1.displaces(&held, incumbent.dwelling) { best.0 } else { incumbent.target })
 }
 
 #[cfg(test)]
@@ -27,6 +47,10 @@ mod tests {
     use super::*;
 
     const TRUST: Duration = Duration::from_secs(6);
+
+    fn at(port: u16) -> Option<Incumbent> {
+        Some(Incumbent { target: target(port), doubted: None, dwelling: false })
+    }
 
     fn target(port: u16) -> Target {
         Target { socket: SocketId(0), remote: ([192, 0, 2, 1], port).into() }
@@ -48,9 +72,9 @@ mod tests {
         prove(&mut set, now, 2, 100);
         assert_eq!(select(now, TRUST, &set, None), Some(target(2)));
         prove(&mut set, now, 3, 98);
-        assert_eq!(select(now, TRUST, &set, Some(target(2))), Some(target(2)));
+        assert_eq!(select(now, TRUST, &set, at(2)), Some(target(2)));
         prove(&mut set, now, 4, 50);
-        assert_eq!(select(now, TRUST, &set, Some(target(2))), Some(target(4)));
+        assert_eq!(select(now, TRUST, &set, at(2)), Some(target(4)));
     }
 
     #[test]
@@ -60,7 +84,35 @@ mod tests {
         let mut set = Candidates::default();
         prove(&mut set, now, 2, 10);
         prove(&mut set, now + TRUST / 2, 3, 500);
-        assert_eq!(select(now + TRUST, TRUST, &set, Some(target(2))), Some(target(3)));
-        assert_eq!(select(now + TRUST * 2, TRUST, &set, Some(target(3))), None);
+        assert_eq!(select(now + TRUST, TRUST, &set, at(2)), Some(target(3)));
+        assert_eq!(select(now + TRUST * 2, TRUST, &set, at(3)), None);
+    }
+
+    #[test]
+    fn a_path_that_has_just_replaced_another_is_left_only_for_a_much_better_one() {
+        #[expect(clippy::disallowed_methods, reason = "tests start from any instant")]
+        let now = Instant::now();
+        let mut set = Candidates::default();
+        prove(&mut set, now, 2, 100);
+        prove(&mut set, now, 3, 85);
+        let dwelling = Incumbent { dwelling: true, ..at(2).unwrap() };
+        assert_eq!(select(now, TRUST, &set, Some(dwelling)), Some(target(2)));
+        assert_eq!(select(now, TRUST, &set, at(2)), Some(target(3)));
+        prove(&mut set, now, 4, 40);
+        assert_eq!(select(now, TRUST, &set, Some(dwelling)), Some(target(4)));
+    }
+
+    #[test]
+    fn a_doubted_path_gives_way_to_any_that_has_answered_since() {
+        #[expect(clippy::disallowed_methods, reason = "tests start from any instant")]
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut set = Candidates::default();
+        prove(&mut set, now, 2, 10);
+        prove(&mut set, now, 3, 11);
+        let doubted = Incumbent { doubted: Some(now + second), ..at(2).unwrap() };
+        assert_eq!(select(now + second, TRUST, &set, Some(doubted)), Some(target(2)), "nothing is known to be better");
+        prove(&mut set, now + second * 2, 4, 500);
+        assert_eq!(select(now + second * 2, TRUST, &set, Some(doubted)), Some(target(4)));
     }
 }

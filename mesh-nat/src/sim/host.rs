@@ -85,6 +85,8 @@ pub(super) struct Node {
     pub(super) rejects: Vec<Reject>,
     /// The agent's sockets.
     pub(super) sockets: Vec<(SocketId, Family)>,
+    /// When data was first sent that nothing has answered since, by peer.
+    pub(super) unanswered: BTreeMap<HostId, Instant>,
     /// What STUN servers see of each socket.
     reflexive: BTreeMap<SocketId, SocketAddr>,
     /// Addresses that it was told of: static ones, port mappings.
@@ -185,6 +187,7 @@ impl World {
             events: Vec::new(),
             rejects: Vec::new(),
             sockets,
+            unanswered: BTreeMap::new(),
             reflexive: BTreeMap::new(),
             extra: Vec::new(),
             asked: BTreeMap::new(),
@@ -204,6 +207,7 @@ impl World {
                 disco: self.disco(other).public(),
                 home: Some(self.node(other).home),
                 endpoints,
+                ..PeerConfig::default()
             };
             self.with(this, |agent, now| agent.set_peer(now, config));
         }

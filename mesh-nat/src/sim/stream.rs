@@ -1,5 +1,5 @@
-//! Data between nodes: sent at a steady rate along whichever path the agent says, and counted where it arrives. What the
-//! agents learn of it is what a node's data plane would note and its engine tell them.
+//! Data between nodes: sent at a steady rate along whichever path the agent says, twice while that is in doubt, and
+//! counted where it arrives. What the agents learn of it is what a node's data plane would note and its engine tell them.
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,8 @@ pub struct StreamId(pub(super) usize);
 
 /// What a datagram of a stream begins with: it looks like WireGuard's transport data (whitepaper §5.4.6).
 const MAGIC: [u8; 4] = [4, 0, 0, 0];
+/// How often agents hear of data that nothing has answered.
+const LOOK: Duration = Duration::from_millis(200);
 /// How long every datagram of a stream is.
 const LENGTH: usize = 128;
 
@@ -30,6 +32,8 @@ pub struct Stream {
     datagrams: Vec<(Instant, Option<Instant>)>,
     direct: u64,
     relayed: u64,
+    /// When the sender's agent was last told that nothing had been heard.
+    looked: Option<Instant>,
 }
 
 impl Stream {
@@ -109,7 +113,8 @@ impl World {
     fn add_stream(&mut self, from: HostId, to: HostId, every: Duration, answers: Option<StreamId>) -> StreamId {
         let id = StreamId(self.streams.len());
         let datagrams = Vec::new();
-        self.streams.push(Stream { from, to, every, running: true, answers, datagrams, direct: 0, relayed: 0 });
+        let stream = Stream { from, to, every, running: true, answers, datagrams, direct: 0, relayed: 0, looked: None };
+        self.streams.push(stream);
         id
     }
 
@@ -146,12 +151,28 @@ impl World {
         stream.datagrams.push((self.now, None));
         let peer = self.key(to);
         self.with(from, |agent, now| agent.traffic(now, &peer));
+        self.look(id, from, to);
         let mut datagram = MAGIC.to_vec();
         datagram.extend((id.0 as u64).to_le_bytes());
         datagram.extend((number as u64).to_le_bytes());
         datagram.resize(LENGTH, 0);
+        let backup = self.agent(from).status(&peer).and_then(|status| status.backup);
+        if backup.is_some() {
+            self.send_along(from, to, backup, datagram.clone());
+        }
         let path = self.path(from, to);
         self.send_along(from, to, path, datagram);
+    }
+
+    /// Tells the sender's agent, a few times a second, since when nothing was heard.
+    fn look(&mut self, id: StreamId, from: HostId, to: HostId) {
+        let (now, peer) = (self.now, self.key(to));
+        let since = *self.node_mut(from).unanswered.entry(to).or_insert(now);
+        let stream = &mut self.streams[id.0];
+        if stream.looked.is_none_or(|at| now.saturating_duration_since(at) >= LOOK) {
+            stream.looked = Some(now);
+            self.with(from, |agent, now| agent.unanswered(now, &peer, since));
+        }
     }
 
     fn send_along(&mut self, from: HostId, to: HostId, path: Option<Path>, datagram: Vec<u8>) {
@@ -175,9 +196,18 @@ impl World {
         } else {
             stream.direct += 1;
         }
-        let first = arrived.is_none();
-        arrived.get_or_insert(self.now);
-        if let Some(answers) = stream.answers.filter(|_| first) {
+        if arrived.is_some() {
+            // The replay window would drop it.
+            return true;
+        }
+        *arrived = Some(self.now);
+        let (from, answers) = (stream.from, stream.answers);
+        self.node_mut(host).unanswered.remove(&from);
+        if source.path.is_relay() && self.is_direct(host, from) {
+            let peer = self.key(from);
+            self.with(host, |agent, now| agent.suspect(now, &peer));
+        }
+        if let Some(answers) = answers {
             self.send_one(answers);
         }
         true

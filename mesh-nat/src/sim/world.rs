@@ -140,6 +140,15 @@ impl World {
         }
     }
 
+    /// The same in one direction only.
+    pub fn cut_one_way(&mut self, from: HostId, to: HostId, cut: bool) {
+        if cut {
+            self.cuts.insert((from, to));
+        } else {
+            self.cuts.remove(&(from, to));
+        }
+    }
+
     /// Keeps a copy of everything that is delivered from now on.
     pub fn keep_transcript(&mut self) {
         self.transcript.get_or_insert_default();

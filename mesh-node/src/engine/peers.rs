@@ -47,7 +47,9 @@ impl Engine {
         self.moved.insert(key);
         if let Some(disco) = view.disco {
             let endpoints = view.endpoints.clone();
-            self.agent.set_peer(now, agent::PeerConfig { node: key, disco, home: view.home, endpoints });
+            let config =
+                agent::PeerConfig { node: key, disco, home: view.home, endpoints, ..agent::PeerConfig::default() };
+            self.agent.set_peer(now, config);
         } else {
             self.agent.remove_peer(&key);
         }
