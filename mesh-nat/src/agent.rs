@@ -31,23 +31,27 @@
 //! [`Agent::traffic`], [`Agent::ping`], …), inputs ([`Agent::handle_datagram`], [`Agent::handle_timeout`]), outputs
 //! (`poll_*`), and getters. After each command or input, drain the outputs.
 //!
-//! Not in here: peer relays (their messages are read, and refused as [`Reject::Unsupported`]), port mapping, and
-//! everything that opens more sockets to get through NATs that map per destination.
+//! Between a direct path and a region stands a *peer relay*: another node that forwards UDP. The agent looks for one for
+//! every active peer without a direct path; how is the business of [`relay`](crate::relay).
+//!
+//! Not in here: port mapping, and everything that opens more sockets to get through NATs that map per destination.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mesh_derp::map::RegionId;
-use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePublic};
+use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePublic, SharedBox};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand_core::Rng;
 
 use crate::behaviour::Behaviour;
 use crate::disco::message::TxId;
 use crate::path::candidate::Target;
 use crate::path::probe::Probe;
 use crate::path::{Family, SocketId};
+use crate::relay::Client;
 use crate::timer::TimerTable;
 
 mod doubt;
@@ -56,6 +60,7 @@ mod length;
 mod network;
 mod pace;
 mod peer;
+mod relay;
 mod search;
 mod status;
 mod types;
@@ -64,6 +69,7 @@ mod why;
 use doubt::Doubt;
 use pace::Pace;
 use peer::{Peer, within};
+pub use relay::Relays;
 pub use types::{Counters, Event, Mode, PeerConfig, PeerStatus, PingId, Reject, Source, Timing, Transmit};
 pub use why::Why;
 
@@ -122,6 +128,12 @@ pub struct Agent {
     next_ping: u64,
     timers: TimerTable<Timer>,
     pace: Pace,
+    /// Paths through peer relays.
+    relay: Client,
+    /// Who may ask us to relay.
+    relay_clients: BTreeSet<NodePublic>,
+    /// For binding at servers.
+    server_boxes: BTreeMap<DiscoPublic, SharedBox>,
     transmits: VecDeque<Transmit>,
     events: VecDeque<Event>,
     counters: Counters,
@@ -141,11 +153,17 @@ impl Agent {
     /// An agent for the node `node`, whose disco key is `disco`. All its random numbers come from `seed`.
     #[must_use]
     pub fn new(now: Instant, disco: DiscoPrivate, node: NodePublic, seed: [u8; 32]) -> Self {
+        let (disco_public, mut rng) = (disco.public(), StdRng::from_seed(seed));
+        let mut relay_seed = [0; 32];
+        rng.fill_bytes(&mut relay_seed);
         Self {
-            disco_public: disco.public(),
+            relay: Client::new(now, node, disco_public, relay_seed),
+            relay_clients: BTreeSet::new(),
+            server_boxes: BTreeMap::new(),
+            disco_public,
             disco,
             node,
-            rng: StdRng::from_seed(seed),
+            rng,
             timing: Timing::default(),
             mode: Mode::Auto,
             behaviour: Behaviour::default(),
@@ -181,6 +199,7 @@ impl Agent {
     /// Our own node key has changed (it rotates when the owner signs in again); pings name the new one from now on.
     pub const fn set_node(&mut self, node: NodePublic) {
         self.node = node;
+        self.relay.set_node(node);
     }
 
     /// Adds a peer or changes what is known about it. A changed disco key keeps paths and candidates.
@@ -217,6 +236,7 @@ impl Agent {
     pub fn remove_peer(&mut self, node: &NodePublic) {
         let Some(peer) = self.peers.remove(node) else { return };
         self.unindex(node, &peer.disco);
+        self.relay.remove_peer(node);
         self.owners.retain(|_, owner| owner != node);
         let probes: Vec<_> = self.probes.iter().filter(|(_, probe)| probe.peer == *node).map(|(tx, _)| *tx).collect();
         for tx in probes {
@@ -246,6 +266,7 @@ impl Agent {
             return;
         }
         let searching = state.best.is_none();
+        self.relay_traffic(*peer);
         self.timers.set_if_absent(Timer::Heartbeat(*peer), now + self.timing.heartbeat);
         self.arm_endpoints();
         if searching {
@@ -328,24 +349,27 @@ impl Agent {
                 Timer::Mtu(node) => self.length_due(node),
             }
         }
+        self.relay.handle_timeout(self.now);
     }
 
     // Outputs
 
     /// The next datagram to send.
     pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.drain_relay();
         self.transmits.pop_front()
     }
 
     /// The next fact to know.
     pub fn poll_event(&mut self) -> Option<Event> {
+        self.drain_relay();
         self.events.pop_front()
     }
 
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.timers.next()
+        self.timers.next().into_iter().chain(self.relay.poll_timeout()).min()
     }
 
     // Time never runs backwards in here, whatever the caller's clocks do.
@@ -402,6 +426,9 @@ impl Agent {
             peer.published = path;
             peer.since = now;
             self.events.push_back(Event::PathChanged { peer: node, path, why });
+            if self.peers.get(&node).is_some_and(|peer| peer.active(now, &self.timing)) {
+                self.relay_traffic(node);
+            }
         }
         self.tell_backup(node);
         self.tell_limit(node);

@@ -40,6 +40,7 @@ mod link;
 mod nat;
 mod oracle;
 mod packet;
+mod peer_relay;
 mod program;
 mod relay;
 mod route;

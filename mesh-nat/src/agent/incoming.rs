@@ -1,5 +1,6 @@
 //! Receiving: what is believed, and what it leads to.
 
+use std::mem::discriminant;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -9,11 +10,13 @@ use mesh_noise::key::NodePublic;
 use super::peer::within;
 use super::search::Repeat;
 use super::{Agent, Event, Mode, PingId, Reject, Source, Timer, UserPing};
+use crate::classify::{Class, GENEVE_LEN, classify};
 use crate::disco::message::{CallMeMaybe, Message, Ping, Pong};
 use crate::disco::seal;
 use crate::path::Path;
 use crate::path::candidate::{MAX_CANDIDATES, Target, usable};
 use crate::path::probe::RoundTrip;
+use crate::relay::client::Place;
 
 /// Between two triggered checks of one address.
 const TRIGGER_INTERVAL: Duration = Duration::from_millis(250);
@@ -31,13 +34,19 @@ impl Agent {
     /// Says why it was ignored.
     pub fn handle_datagram(&mut self, now: Instant, source: Source, datagram: &[u8]) -> Result<(), Reject> {
         self.tick(now);
+        if let (Path::Direct { remote, .. }, Class::RelayedDisco { vni, control }) = (source.path, classify(datagram)) {
+            return self.handle_relayed(remote, vni, control, &datagram[GENEVE_LEN..]);
+        }
+        self.handle_disco(source, datagram)
+    }
+
+    pub(super) fn handle_disco(&mut self, source: Source, datagram: &[u8]) -> Result<(), Reject> {
         let sender = seal::sender(datagram).ok_or(Reject::NotDisco)?;
         let holders = self.by_disco.get(&sender).ok_or(Reject::UnknownSender)?;
         let holders: Vec<NodePublic> = holders.iter().copied().collect();
         match source.path {
             Path::Direct { .. } if self.mode == Mode::Relay => return Err(Reject::Disabled),
-            Path::PeerRelay { .. } => return Err(Reject::Unsupported),
-            Path::Direct { .. } | Path::Relay { .. } => {}
+            Path::Direct { .. } | Path::PeerRelay { .. } | Path::Relay { .. } => {}
         }
         // All holders of one disco key share the box; any of them can open it.
         let holder = holders.first().ok_or(Reject::UnknownSender)?;
@@ -49,12 +58,11 @@ impl Agent {
             Message::Pong(pong) => self.on_pong(source, &holders, &pong),
             Message::CallMeMaybe(call) => self.on_call(source, &holders, &call),
             Message::Punch(_) => Err(Reject::Unsupported),
-            Message::Bind(_)
-            | Message::BindChallenge(_)
-            | Message::BindAnswer(_)
-            | Message::CallMeMaybeVia(_)
-            | Message::AllocateRequest(_)
-            | Message::AllocateResponse(_) => Err(Reject::Unsupported),
+            Message::CallMeMaybeVia(endpoint) => self.on_via(source, &holders, endpoint),
+            Message::AllocateRequest(request) => self.on_allocate(source, &holders, sender, &request),
+            Message::AllocateResponse(response) => self.on_allocated(source, &holders, response),
+            // Between a client and a server only, behind a header that says so.
+            Message::Bind(_) | Message::BindChallenge(_) | Message::BindAnswer(_) => Err(Reject::Unasked),
         }
     }
 
@@ -88,7 +96,11 @@ impl Agent {
                     self.heard_by_relay(&node, region);
                 }
             }
-            Path::PeerRelay { .. } => {}
+            Path::PeerRelay { server, vni } => {
+                if let Some(node) = who {
+                    self.relay.pinged(self.now, node, Place { server, vni });
+                }
+            }
         }
         Ok(())
     }
@@ -135,10 +147,15 @@ impl Agent {
 
     fn on_pong(&mut self, source: Source, holders: &[NodePublic], pong: &Pong) -> Result<(), Reject> {
         let now = self.now;
+        if let Path::PeerRelay { server, vni } = source.path
+            && holders.iter().any(|node| self.relay.pong(now, *node, Place { server, vni }, pong.tx))
+        {
+            return Ok(());
+        }
         let probe = *self.probes.get(&pong.tx).ok_or(Reject::UnexpectedPong)?;
         // The address is not compared: a pong may come from another one than was pinged. The kind of path is, since a
         // pong through a relay proves nothing about UDP.
-        if !holders.contains(&probe.peer) || probe.path.is_direct() != source.path.is_direct() {
+        if !holders.contains(&probe.peer) || discriminant(&probe.path) != discriminant(&source.path) {
             return Err(Reject::UnexpectedPong);
         }
         self.probes.remove(&pong.tx);

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use mesh_noise::key::NodePublic;
 
+use super::relay::RELAYED_LIMIT;
 use super::{Agent, Event, Timer};
 use crate::path::candidate::Target;
 use crate::path::mtu::{Found, MtuSearch};
@@ -85,13 +86,14 @@ impl Agent {
 
     /// Tells the caller if the path in use has another limit than it knows of.
     pub(super) fn tell_limit(&mut self, node: NodePublic) {
-        let mode = self.mode;
+        let (mode, wanted) = (self.mode, self.wanted.filter(|wanted| *wanted > RELAYED_LIMIT));
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let limit = match peer.path(mode) {
             Some(Path::Direct { socket, remote }) => {
                 peer.candidates.get(&Target { socket, remote }).and_then(|candidate| candidate.limit)
             }
-            Some(Path::PeerRelay { .. } | Path::Relay { .. }) | None => None,
+            Some(Path::PeerRelay { .. }) => wanted.map(|_| RELAYED_LIMIT),
+            Some(Path::Relay { .. }) | None => None,
         };
         if limit != peer.told_limit {
             peer.told_limit = limit;

@@ -14,6 +14,7 @@ use crate::path::mtu::MtuSearch;
 use crate::path::probe::Budget;
 use crate::path::select::{Incumbent, select};
 use crate::path::{Family, Path, SocketId};
+use crate::relay::client::Place;
 
 /// How long after a call-me-maybe of ours we take part in a search without traffic of our own.
 const CALL_ENGAGES: Duration = Duration::from_secs(10);
@@ -32,6 +33,8 @@ pub(super) struct Peer {
     pub(super) listed: Vec<SocketAddr>,
     pub(super) candidates: Candidates,
     pub(super) best: Option<Target>,
+    /// The way through a peer relay, while it is proven.
+    pub(super) relayed: Option<Place>,
     /// The path that the caller knows of.
     pub(super) published: Option<Path>,
     pub(super) since: Instant,
@@ -73,6 +76,7 @@ impl Peer {
             listed: Vec::new(),
             candidates: Candidates::default(),
             best: None,
+            relayed: None,
             published: None,
             since: now,
             published_backup: None,
@@ -102,7 +106,7 @@ impl Peer {
         let relay = self.region().map(|region| Path::Relay { region });
         let direct = self.best.map(Path::from);
         match mode {
-            Mode::Auto => direct.or(relay),
+            Mode::Auto => direct.or(self.relayed.map(Path::from)).or(relay),
             Mode::Relay => relay,
             Mode::Direct => direct,
         }

@@ -12,6 +12,7 @@ use crate::disco::seal;
 use crate::path::Path;
 use crate::path::candidate::{Candidate, Target};
 use crate::path::probe::Probe;
+use crate::relay::geneve::{self, Content};
 
 /// The longest ping that a user may ask for, in bytes.
 const MAX_PING: usize = 9000;
@@ -216,6 +217,13 @@ impl Agent {
     }
 
     pub(super) fn send(&mut self, node: NodePublic, path: Path, message: &Message) {
+        let relayed = match path {
+            Path::PeerRelay { server, vni } => match self.way_to(server) {
+                Some(way) => Some((way, vni)),
+                None => return,
+            },
+            Path::Direct { .. } | Path::Relay { .. } => None,
+        };
         let Some(peer) = self.peers.get_mut(&node) else { return };
         if peer.disco.is_zero() {
             return;
@@ -228,6 +236,10 @@ impl Agent {
         let mut plaintext = Vec::new();
         message.encode(&mut plaintext);
         let datagram = seal::seal(&self.disco_public, shared, &mut self.rng, &plaintext);
+        let (path, datagram) = match relayed {
+            Some((way, vni)) => (way, geneve::encapsulate(vni, Content::Disco, &datagram)),
+            None => (path, datagram),
+        };
         self.transmits.push_back(Transmit { path, peer: node, datagram });
     }
 

@@ -30,7 +30,10 @@ impl Agent {
         Some(PeerStatus {
             path: state.path(self.mode),
             backup: state.published_backup,
-            latency: best.and_then(|candidate| candidate.round_trip).map(|round_trip| round_trip.smoothed()),
+            latency: match best {
+                Some(candidate) => candidate.round_trip.map(|round_trip| round_trip.smoothed()),
+                None => self.relay.status(peer).map(|status| status.latency),
+            },
             limit: state.told_limit,
             since: state.since,
             why: self.why(state),

@@ -185,6 +185,16 @@ pub enum Event {
     },
     /// Our own addresses are unknown or old: ask STUN servers and call [`Agent::set_endpoints`](super::Agent::set_endpoints), changed or not.
     NeedEndpoints,
+    /// A node wants two clients served by us as a peer relay, and may: allocate, and call
+    /// [`Agent::allocated`](super::Agent::allocated) if that goes well.
+    AllocationAsked {
+        /// Who asks: a peer, or ourselves.
+        from: NodePublic,
+        /// The two clients.
+        clients: [DiscoPublic; 2],
+        /// Names the request; goes into the answer.
+        generation: u32,
+    },
     /// An address is known to be the peer's: WireGuard messages from it can be attributed.
     PeerMapped {
         /// The peer.
@@ -224,9 +234,15 @@ pub enum Reject {
     /// Direct paths are switched off.
     #[error("direct paths are switched off")]
     Disabled,
-    /// Part of the peer-relay protocol, which is not in use.
-    #[error("peer relays are not supported")]
+    /// A message that nothing here takes.
+    #[error("message is not supported")]
     Unsupported,
+    /// Part of a peer relay's handshake that nothing waits for.
+    #[error("no handshake with a peer relay waits for this")]
+    Unasked,
+    /// We do not relay, or not for the sender.
+    #[error("the sender may not use us as a relay")]
+    NotAllowed,
 }
 
 /// What did not fit.
@@ -247,7 +263,7 @@ pub struct PeerStatus {
     pub path: Option<Path>,
     /// Where data goes as well, while `path` is in doubt.
     pub backup: Option<Path>,
-    /// Smoothed round trip of the direct path in use.
+    /// Smoothed round trip of the direct path in use, or of the one through a peer relay.
     pub latency: Option<Duration>,
     /// The longest datagram that the direct path in use carries, in bytes, if that is less than is wanted.
     pub limit: Option<usize>,

@@ -15,7 +15,7 @@ use super::program::{Program, RequestId};
 use super::route::{NetworkId, Owner};
 use super::world::World;
 use crate::agent::{Agent, Event, PeerConfig, Reject, Source};
-use crate::classify::{Class, classify};
+use crate::classify::{Class, GENEVE_LEN, classify};
 use crate::path::{Family, Path, SocketId};
 use crate::stun::message::{Response, TransactionId, request};
 
@@ -93,6 +93,8 @@ pub(super) struct Node {
     pub(super) extra: Vec<SocketAddr>,
     asked: BTreeMap<TransactionId, SocketId>,
     stun_until: Option<Instant>,
+    /// What it relays for others.
+    pub(super) serving: Option<super::peer_relay::Serving>,
 }
 
 pub(super) struct Host {
@@ -192,6 +194,7 @@ impl World {
             extra: Vec::new(),
             asked: BTreeMap::new(),
             stun_until: None,
+            serving: None,
         });
         self.by_key.insert(key, host);
         self.learn_endpoints(host);
@@ -446,16 +449,20 @@ impl World {
         let source = Source::direct(socket, packet.from);
         self.reached.insert((packet.origin, host, packet.aim), self.now);
         self.record(host, source, &packet.datagram);
+        if self.relay_takes(host, socket, packet.from, &packet.datagram) {
+            return self.settle(host);
+        }
         let class = classify(&packet.datagram);
         let ours = self.hosts[host.0].node.is_some();
         let taken = match class {
-            Class::Disco if ours => {
+            Class::Disco | Class::RelayedDisco { .. } if ours => {
                 self.agent_receives(host, source, &packet.datagram);
                 true
             }
             Class::Stun if ours => self.stun_answers(host, &packet.datagram),
             Class::WireGuard => self.stream_arrives(host, source, &packet.datagram),
-            Class::Disco | Class::Stun | Class::RelayedDisco { .. } | Class::RelayedWireGuard { .. } => false,
+            Class::RelayedWireGuard { .. } => self.stream_arrives(host, source, &packet.datagram[GENEVE_LEN..]),
+            Class::Disco | Class::Stun | Class::RelayedDisco { .. } => false,
         };
         let mut programs = 0..if taken { 0 } else { self.hosts[host.0].programs.len() };
         let _ = programs.any(|index| {
@@ -561,6 +568,9 @@ impl World {
             if event == Event::NeedEndpoints {
                 self.ask_stun(host);
             }
+            if let Event::AllocationAsked { from, clients, generation } = event {
+                self.allocate(host, from, clients, generation);
+            }
         }
         let place = &mut self.hosts[host.0];
         if let Some(next) = place.next()
@@ -606,6 +616,7 @@ impl World {
                 self.tell_endpoints(host);
             }
         }
+        self.relay_wakes(host);
         for index in 0..self.hosts[host.0].programs.len() {
             let due = |program: &Option<Box<dyn Program>>| program.as_ref().and_then(|program| program.poll_timeout());
             if due(&self.hosts[host.0].programs[index]).is_some_and(|due| due <= now) {
@@ -622,7 +633,8 @@ impl Host {
     fn next(&self) -> Option<Instant> {
         let agent = self.node.as_ref().and_then(|node| node.agent.poll_timeout());
         let stun = self.node.as_ref().and_then(|node| node.stun_until);
+        let serving = self.node.as_ref().and_then(|node| node.serving.as_ref()?.poll_timeout());
         let programs = self.programs.iter().flatten().filter_map(|program| program.poll_timeout());
-        if self.asleep { None } else { programs.chain(agent).chain(stun).min() }
+        if self.asleep { None } else { programs.chain(agent).chain(stun).chain(serving).min() }
     }
 }

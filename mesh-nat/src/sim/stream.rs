@@ -7,7 +7,8 @@ use super::host::HostId;
 use super::packet::Happening;
 use super::world::World;
 use crate::agent::Source;
-use crate::path::Path;
+use crate::path::{Family, Path};
+use crate::relay::geneve::{Content, encapsulate};
 
 /// Names one stream of data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -179,7 +180,13 @@ impl World {
         match path {
             Some(Path::Direct { socket, remote }) => self.emit(from, socket, remote, datagram),
             Some(Path::Relay { region }) => self.send_frame(from, region, self.key(to), datagram),
-            Some(Path::PeerRelay { .. }) | None => {}
+            Some(Path::PeerRelay { server, vni }) => {
+                let socket = self.node(from).sockets.iter().find(|(_, family)| *family == Family::of(&server));
+                if let Some((socket, _)) = socket.copied() {
+                    self.emit(from, socket, server, encapsulate(vni, Content::WireGuard, &datagram));
+                }
+            }
+            None => {}
         }
     }
 
