@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use mesh_nat::sim::scenario::{Curve, better_path, to_direct};
+use mesh_nat::sim::scenario::{Curve, better_path, outage, to_direct};
 
 const RUNS: u64 = 200;
 /// A node's round trip to its relay, and to its peer.
@@ -33,6 +33,14 @@ fn a_loss_of_two_percent_costs_a_second_once_in_a_hundred_times_at_most() {
     for (name, answered) in TALKS {
         let curve = curve(&format!("{name} data, 2 % loss"), |seed| to_direct(seed, answered, 0.02));
         assert!(curve.quantile(0.99).is_some_and(|took| took <= SECOND), "{curve}");
+    }
+}
+
+#[test]
+fn data_is_lost_for_a_second_at_most_when_a_direct_path_dies() {
+    for (name, answered) in TALKS {
+        let curve = curve(&format!("outage of {name} data"), |seed| Some(outage(seed, answered)));
+        assert!(curve.slowest().is_some_and(|took| took <= SECOND), "{curve}");
     }
 }
 
