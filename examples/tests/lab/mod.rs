@@ -170,7 +170,16 @@ impl Process {
 
     /// Asks the process to end and waits for it, at most five seconds.
     pub(crate) fn terminate(&mut self) {
-        drop(Command::new("kill").arg(self.child.id().to_string()).output());
+        self.end_by("TERM");
+    }
+
+    /// The same as with Ctrl-C.
+    pub(crate) fn interrupt(&mut self) {
+        self.end_by("INT");
+    }
+
+    fn end_by(&mut self, signal: &str) {
+        drop(Command::new("kill").args(["-s", signal, &self.child.id().to_string()]).output());
         let deadline = Instant::now() + Duration::from_secs(5);
         while self.child.try_wait().unwrap().is_none() {
             if Instant::now() > deadline {
