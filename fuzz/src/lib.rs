@@ -4,6 +4,7 @@
 //! `cargo +nightly fuzz run stun` looks for new failures; a failure becomes a named test beside the code before it is
 //! fixed, and its input joins `corpus/`.
 
+mod rewrite;
 mod session;
 mod tunnel;
 
@@ -181,6 +182,22 @@ pub fn filter(bytes: &[u8]) {
     }
 }
 
+/// A packet whose addresses are replaced for a peer, and put back: checksums cover what they did before.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn masquerade(bytes: &[u8]) {
+    rewrite::masquerade(bytes);
+}
+
+/// A packet in front of a narrower link: the segment size of a SYN is lowered, and a packet that is too long is answered.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn mtu(bytes: &[u8]) {
+    rewrite::mtu(bytes);
+}
+
 /// Super-packets from the kernel: a virtio header and a packet are cut, and every byte of payload comes out once.
 ///
 /// # Panics
@@ -280,12 +297,14 @@ mod tests {
 
     /// A fuzzer finds more, but not on every machine and not in every run.
     #[test]
-    fn changed_inputs_behind_handshakes_are_survived() {
+    fn changed_inputs_are_survived() {
         mutate("wireguard_pair", super::wireguard_pair, 300);
         mutate("uapi", super::uapi, 3000);
         mutate("agent", super::agent, 300);
         mutate("channel", super::channel, 300);
         mutate("derp_session", super::derp_session, 1000);
+        mutate("masquerade", super::masquerade, 3000);
+        mutate("mtu", super::mtu, 3000);
     }
 
     #[test]
@@ -302,6 +321,8 @@ mod tests {
         replay("control", super::control);
         replay("ip_packet", super::ip_packet);
         replay("filter", super::filter);
+        replay("masquerade", super::masquerade);
+        replay("mtu", super::mtu);
         replay("segment", super::segment);
         replay("coalesce", super::coalesce);
     }
