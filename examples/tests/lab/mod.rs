@@ -14,6 +14,7 @@
 
 pub(crate) mod go_client;
 pub(crate) mod mesh;
+pub(crate) mod nat;
 pub(crate) mod net;
 pub(crate) mod pair;
 pub(crate) mod traffic;

