@@ -18,6 +18,8 @@
 #[cfg(any(test, feature = "sim"))]
 pub mod gateway;
 pub mod http;
+#[cfg(feature = "sim")]
+pub mod lab;
 mod mapper;
 pub mod nat_pmp;
 pub mod pcp;

@@ -169,6 +169,22 @@ impl Gateway {
         }
     }
 
+    /// What lives: outside port, inside address, and for how long.
+    #[cfg(feature = "sim")]
+    pub(super) fn forwards(&self, now: Instant) -> impl Iterator<Item = (u16, SocketAddr, Option<Duration>)> {
+        let live = self.ports.iter().filter(move |(_, entry)| entry.lives(now));
+        live.map(move |(port, entry)| {
+            (*port, entry.inside, entry.expires.map(|expires| expires.saturating_duration_since(now)))
+        })
+    }
+
+    /// The port is somebody else's after all.
+    #[cfg(feature = "sim")]
+    pub(super) fn take_away(&mut self, port: u16) {
+        self.ports.remove(&port);
+        self.config.quirks.taken.push(port);
+    }
+
     fn speaks(&self, protocol: Protocol) -> bool {
         self.config.speaks.contains(&protocol)
     }

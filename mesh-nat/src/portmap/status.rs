@@ -158,19 +158,15 @@ impl Status {
     }
 }
 
-/// Whether `address` can be reached from the whole internet, as far as its range tells. Those for documentation count: no
-/// gateway outside of a laboratory has one.
+/// Whether `address` can be reached from the whole internet, as far as its range tells. Those for documentation and
+/// benchmarks count: no gateway outside of a laboratory has one.
 #[must_use]
 pub fn is_public(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => {
             let [a, b, c, _] = v4.octets();
-            // RFC 6598 (carriers), RFC 7335 (DS-Lite), RFC 2544 (benchmarks), and what is no unicast address.
-            let special = (a == 100 && (64..128).contains(&b))
-                || (a, b, c) == (192, 0, 0)
-                || (a == 198 && (18..20).contains(&b))
-                || a == 0
-                || a >= 224;
+            // RFC 6598 (carriers), RFC 7335 (DS-Lite), and what is no unicast address.
+            let special = (a == 100 && (64..128).contains(&b)) || (a, b, c) == (192, 0, 0) || a == 0 || a >= 224;
             !(special || v4.is_private() || v4.is_loopback() || v4.is_link_local())
         }
         IpAddr::V6(v6) => v6.segments()[0] & 0xe000 == 0x2000,
