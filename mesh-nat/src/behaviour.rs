@@ -83,6 +83,9 @@ impl PortRange {
 pub struct Behaviour {
     /// How it maps.
     pub mapping: Option<Mapping>,
+    /// Where `mapping` is not known, whether it was seen to depend on the destination all the same: a server with a second
+    /// port would tell whether on its address alone.
+    pub varies: bool,
     /// Whom it lets in.
     pub filtering: Option<Filtering>,
     /// Which ports it gives.
@@ -99,13 +102,25 @@ impl Behaviour {
     /// Whether one address is good for all peers. `None` while unknown.
     #[must_use]
     pub fn is_easy(&self) -> Option<bool> {
-        self.mapping.map(|mapping| mapping == Mapping::EndpointIndependent)
+        match self.mapping {
+            Some(mapping) => Some(mapping == Mapping::EndpointIndependent),
+            None => self.varies.then_some(false),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_varies_is_not_easy_even_if_nothing_else_is_known() {
+        let unknown = Behaviour::default();
+        assert_eq!(unknown.is_easy(), None);
+        assert_eq!(Behaviour { varies: true, ..unknown }.is_easy(), Some(false));
+        assert_eq!(Behaviour { mapping: Some(Mapping::EndpointIndependent), ..unknown }.is_easy(), Some(true));
+        assert_eq!(Behaviour { mapping: Some(Mapping::AddressDependent), ..unknown }.is_easy(), Some(false));
+    }
 
     #[test]
     fn a_range_counts_both_ends() {

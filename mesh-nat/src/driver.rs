@@ -3,6 +3,7 @@
 //! - [`StunServer`]: a STUN responder on a UDP socket
 //! - [`netcheck_once`]: one report about a DERP map, over sockets of its own
 //! - [`PortMapper`]: a port mapping of the host's gateway, got and kept
+//! - [`SpareSockets`], [`look_for_portal`]: what a report asks of its caller
 //!
 //! The [`Agent`](crate::Agent) has no driver here: a node drives it from the sockets that carry its data.
 
@@ -14,11 +15,15 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 
 mod netcheck;
+mod portal;
 mod portmap;
+mod spare;
 mod stun;
 
 pub use netcheck::{netcheck_once, netcheck_with};
+pub use portal::look_for_portal;
 pub use portmap::{Clock, PortMapper};
+pub use spare::SpareSockets;
 pub use stun::StunServer;
 
 #[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]

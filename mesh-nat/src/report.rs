@@ -1,148 +1,81 @@
-//! What the network around this node is like: which families work, which address others see, how far each relay
-//! region is, and so which one to call home.
+//! What the network around this node is like: which families work, which address others see, what the NAT does, how far
+//! each relay region is, and so which one to call home.
 //!
 //! [`Netcheck`] is a core: it asks the STUN servers of a DERP map over the node's own sockets, so that the addresses it
 //! finds are those of the sockets that carry data. When no server answers, it asks the caller to measure relays by
 //! HTTPS instead ([`Event::WantHttpsLatency`]).
 //!
 //! ```text
-//!  start ──► requests per plan ──► enough regions answered, twice the slowest waited ──► Finished
-//!                    │ 500 ms without any answer
-//!                    └──► WantHttpsLatency for every region ──► all told, or 5 s ──► Finished (udp: false)
+//!  start ──► requests per plan ──► enough regions answered, twice the slowest waited ──► Located ──┐
+//!                    │ 200 ms without any answer                            a full report asks the NAT │
+//!                    ├──► WantHttpsLatency for every region ──► all told, or 0.95 s ──► Finished      ▼
+//!                    └──► WantPortalCheck                                    (udp: false)         Finished
 //! ```
+//!
+//! However the network is, a report takes at most 1.4 s; where UDP is blocked and relays can be reached, less than one.
+//! What comes later by HTTPS, where nothing else is known, amends the report: it is finished a second time.
+//!
+//! What the NAT does is told as [`Behaviour`](crate::Behaviour): the mapping from what servers at several addresses and ports see of one
+//! socket, the rest with a few sockets that the caller opens for a moment ([`Event::WantSockets`]).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_derp::map::{DerpMap, DerpNode, FamilyAddress, RegionId};
+use mesh_derp::map::{DerpMap, RegionId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::path::{Family, SocketId};
-use crate::stun::message::{Response, StunError, TransactionId, request};
+use crate::stun::message::{Request, Response, StunError, TransactionId, request};
 
+mod allocation;
 mod home;
 mod plan;
+mod portal;
+mod probing;
+mod run;
+mod servers;
+mod sightings;
+mod types;
 
 pub use home::fallback as fallback_home;
+pub use portal::PortalCheck;
+pub use types::{Event, Report, Scope, Transmit};
 
-/// STUN has this long.
-const STUN_LIMIT: Duration = Duration::from_secs(3);
-/// Everything has this long.
-const REPORT_LIMIT: Duration = Duration::from_secs(5);
-/// Without an answer by then, HTTPS is tried beside.
-const HTTPS_AFTER: Duration = Duration::from_millis(500);
-/// A network is not called UDP-blocked before this.
-const BLOCKED_AFTER: Duration = Duration::from_secs(1);
-/// Regions that suffice.
-const ENOUGH: usize = 3;
-/// The least time between the answer that suffices and the end.
-const LINGER: Duration = Duration::from_millis(50);
-/// The same while a second server's answer would tell how the NAT maps.
-const LINGER_FOR_MAPPING: Duration = Duration::from_millis(250);
+use probing::{Probing, Stage};
+use run::{Portal, Run, Sent};
+use servers::Server;
+
 /// Every so often all regions are asked.
 const FULL_INTERVAL: Duration = Duration::from_secs(300);
-
-/// What was found.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Report {
-    /// Any STUN server answered.
-    pub udp: bool,
-    /// IPv4 works: STUN answered over it, or a relay by HTTPS.
-    pub ipv4: bool,
-    /// IPv6 works, likewise.
-    pub ipv6: bool,
-    /// Our IPv4 address as the first server to answer saw it.
-    pub global_v4: Option<SocketAddr>,
-    /// Our IPv6 address as the latest server saw it.
-    pub global_v6: Option<SocketAddr>,
-    /// All addresses that servers saw, and how many saw each.
-    pub seen: BTreeMap<SocketAddr, u32>,
-    /// Whether two servers saw different IPv4 addresses: the NAT maps per destination. `None` if fewer than two answered.
-    pub mapping_varies_by_dest_ip: Option<bool>,
-    /// Latency of each region that answered, the better family's.
-    pub region_latency: BTreeMap<RegionId, Duration>,
-    /// Latency over IPv4.
-    pub region_latency_v4: BTreeMap<RegionId, Duration>,
-    /// Latency over IPv6.
-    pub region_latency_v6: BTreeMap<RegionId, Duration>,
-    /// The region to be home in. `None` if nothing could be measured and the home has been silent for two minutes:
-    /// then keep what you have, or take [`fallback_home`].
-    pub preferred: Option<RegionId>,
-    /// Whether all regions were asked.
-    pub full: bool,
-    /// How long it took.
-    pub took: Duration,
-}
-
-impl Report {
-    /// Our addresses as servers see them, for control and peers. An IPv4 address that only one server saw, other than
-    /// the first, is a NAT's mapping towards that server and of use to nobody.
-    #[must_use]
-    pub fn endpoints(&self) -> Vec<SocketAddr> {
-        let mut found: Vec<_> = self.global_v4.into_iter().chain(self.global_v6).collect();
-        for (address, times) in &self.seen {
-            if *times > 1 && !found.contains(address) {
-                found.push(*address);
-            }
-        }
-        found
-    }
-}
-
-/// A STUN request to send.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Transmit {
-    /// From this socket.
-    pub socket: SocketId,
-    /// To this server.
-    pub remote: SocketAddr,
-    /// The request.
-    pub datagram: Vec<u8>,
-}
-
-/// What the caller should do or know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Event {
-    /// Look `host` up and call [`Netcheck::handle_resolved`].
-    Resolve {
-        /// The name.
-        host: String,
-    },
-    /// UDP is silent: measure the region by HTTPS and call [`Netcheck::handle_https_latency`].
-    WantHttpsLatency {
-        /// The region.
-        region: RegionId,
-    },
-    /// It is done.
-    Finished(Report),
-}
-
-/// How much to ask.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Scope {
-    /// The nearest regions, and all of them every five minutes.
-    #[default]
-    Auto,
-    /// All regions.
-    Full,
-}
 
 /// Makes reports, one after the other, and remembers what it takes to choose a home steadily.
 pub struct Netcheck {
     rng: StdRng,
     sockets: Vec<(SocketId, Family)>,
+    /// The ports that our sockets are bound to, where known.
+    ports: BTreeMap<SocketId, u16>,
+    /// This host's addresses.
+    interfaces: BTreeSet<IpAddr>,
     names: BTreeMap<String, Vec<IpAddr>>,
     history: home::History,
     home: Option<RegionId>,
+    forced: Option<RegionId>,
     last: Option<Report>,
     last_full: Option<Instant>,
     run: Option<Run>,
+    late: Option<Late>,
     transmits: VecDeque<Transmit>,
     events: VecDeque<Event>,
+}
+
+/// What is still awaited after a report that found nothing.
+struct Late {
+    map: Arc<DerpMap>,
+    started: Instant,
+    pending: BTreeSet<RegionId>,
 }
 
 impl std::fmt::Debug for Netcheck {
@@ -154,32 +87,6 @@ impl std::fmt::Debug for Netcheck {
     }
 }
 
-struct Run {
-    map: Arc<DerpMap>,
-    started: Instant,
-    full: bool,
-    /// In order of time.
-    steps: VecDeque<plan::Step>,
-    /// What waits for a name.
-    waiting: BTreeMap<String, Vec<plan::Step>>,
-    sent: BTreeMap<TransactionId, Sent>,
-    /// Region and family pairs that were asked or will be.
-    wanted: BTreeSet<(RegionId, Family)>,
-    answered: BTreeSet<(RegionId, Family)>,
-    servers_v4: BTreeSet<SocketAddr>,
-    answered_v4: BTreeMap<SocketAddr, SocketAddr>,
-    https: Option<BTreeSet<RegionId>>,
-    /// When enough had answered.
-    enough: Option<Instant>,
-    report: Report,
-}
-
-struct Sent {
-    region: RegionId,
-    server: SocketAddr,
-    at: Instant,
-}
-
 impl Netcheck {
     /// A netcheck whose transaction ids come from `seed`.
     #[must_use]
@@ -187,25 +94,46 @@ impl Netcheck {
         Self {
             rng: StdRng::from_seed(seed),
             sockets: Vec::new(),
+            ports: BTreeMap::new(),
+            interfaces: BTreeSet::new(),
             names: BTreeMap::new(),
             history: home::History::default(),
             home: None,
+            forced: None,
             last: None,
             last_full: None,
             run: None,
+            late: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
     }
+
+    // Commands
 
     /// Our sockets; the first of each family asks.
     pub fn set_sockets(&mut self, sockets: Vec<(SocketId, Family)>) {
         self.sockets = sockets;
     }
 
+    /// What our sockets are bound to: shows whether a NAT keeps their ports.
+    pub fn set_ports(&mut self, bound: &[(SocketId, SocketAddr)]) {
+        self.ports = bound.iter().map(|(socket, bound)| (*socket, bound.port())).collect();
+    }
+
+    /// This host's own addresses: a server that sees one of them sees no NAT. Without any, nothing is said about that.
+    pub fn set_interfaces(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        self.interfaces = addresses.into_iter().collect();
+    }
+
     /// The home in use, if it is not the one that the last report preferred.
     pub const fn set_home(&mut self, home: Option<RegionId>) {
         self.home = home;
+    }
+
+    /// Prefers `region` over all others, whatever they measure, as long as it answers or was heard lately.
+    pub const fn force_home(&mut self, region: Option<RegionId>) {
+        self.forced = region;
     }
 
     /// Learns that the relay of `region` delivered something: it is alive.
@@ -216,6 +144,14 @@ impl Netcheck {
     /// Forgets the names looked up, after a link change.
     pub fn forget_names(&mut self) {
         self.names.clear();
+    }
+
+    /// The network is another one: forgets the names looked up and what was found out about the NAT, so that the next
+    /// report is a full one.
+    pub fn forget_network(&mut self) {
+        self.names.clear();
+        self.last = None;
+        self.last_full = None;
     }
 
     /// Whether a report is being made.
@@ -235,6 +171,7 @@ impl Netcheck {
         if self.run.is_some() {
             return false;
         }
+        self.late = None;
         let families: Vec<_> =
             [Family::V4, Family::V6].into_iter().filter(|family| self.socket(*family).is_some()).collect();
         let due = self.last_full.is_none_or(|at| now.saturating_duration_since(at) >= FULL_INTERVAL);
@@ -245,21 +182,8 @@ impl Netcheck {
         };
         let full = last.is_none() || steps.is_empty();
         let steps = if steps.is_empty() { plan::full(&map, &families) } else { steps };
-        let mut run = Run {
-            map,
-            started: now,
-            full,
-            steps: VecDeque::new(),
-            waiting: BTreeMap::new(),
-            sent: BTreeMap::new(),
-            wanted: BTreeSet::new(),
-            answered: BTreeSet::new(),
-            servers_v4: BTreeSet::new(),
-            answered_v4: BTreeMap::new(),
-            https: None,
-            enough: None,
-            report: Report { full, ..Report::default() },
-        };
+        let mut run = Run::new(map, now, full, self.interfaces.clone());
+        run.home = self.home;
         let mut unknown = BTreeSet::new();
         for step in steps {
             match run.server(&step, &self.names) {
@@ -272,20 +196,60 @@ impl Netcheck {
             }
         }
         self.events.extend(unknown.into_iter().map(|host| Event::Resolve { host }));
+        // Regions without STUN are measured by HTTPS from the start: all, or the one that we live in.
+        run.https = plan::without_stun(&run.map).filter(|region| full || Some(*region) == self.home).collect();
+        self.events.extend(run.https.iter().map(|region| Event::WantHttpsLatency { region: *region }));
         self.run = Some(run);
         self.handle_timeout(now);
         true
     }
 
-    /// Takes a STUN datagram that arrived at `now`.
+    // Inputs
+
+    /// Takes a STUN datagram that arrived at `now`, where its sender is not known: [`Self::handle_datagram_from`] learns
+    /// more from it.
     ///
     /// # Errors
-    /// Says why it is no answer to this report.
+    /// Says why it has nothing to do with this report.
     pub fn handle_datagram(&mut self, now: Instant, datagram: &[u8]) -> Result<(), StunError> {
-        let response = Response::decode(datagram)?;
+        self.take(now, None, datagram)
+    }
+
+    /// Takes a STUN datagram that arrived at `now` from `source`, on whichever socket.
+    ///
+    /// # Errors
+    /// Says why it has nothing to do with this report.
+    pub fn handle_datagram_from(&mut self, now: Instant, source: SocketAddr, datagram: &[u8]) -> Result<(), StunError> {
+        self.take(now, Some(source), datagram)
+    }
+
+    fn take(&mut self, now: Instant, source: Option<SocketAddr>, datagram: &[u8]) -> Result<(), StunError> {
         let run = self.run.as_mut().ok_or(StunError::UnknownTransaction)?;
+        let response = match Response::decode(datagram) {
+            Ok(response) => response,
+            Err(error) => {
+                let tx = Request::decode(datagram).map_err(|_| error)?.tx;
+                let ours = run.probing.as_mut().is_some_and(|probing| probing.crossed(tx));
+                if ours {
+                    self.handle_timeout(now);
+                }
+                return if ours { Ok(()) } else { Err(StunError::UnknownTransaction) };
+            }
+        };
+        let changed = |probing: &mut Probing| source.is_some_and(|source| probing.changed(source, response.tx));
+        if run.probing.as_mut().is_some_and(changed) {
+            self.handle_timeout(now);
+            return Ok(());
+        }
         let sent = run.sent.remove(&response.tx).ok_or(StunError::UnknownTransaction)?;
-        run.answered(now, &sent, response.mapped);
+        match &mut run.probing {
+            None => run.answered(now, &sent, response.mapped),
+            Some(probing) => {
+                probing.told(response.tx);
+                let extra = probing.own(sent.socket).is_some();
+                run.saw(&sent, response.mapped, extra);
+            }
+        }
         self.handle_timeout(now);
         Ok(())
     }
@@ -306,51 +270,170 @@ impl Netcheck {
 
     /// Tells how long a region took by HTTPS, and over which family; `None` if it cannot be reached.
     pub fn handle_https_latency(&mut self, now: Instant, region: RegionId, measured: Option<(Duration, Family)>) {
-        let Some(run) = &mut self.run else { return };
-        let Some(pending) = &mut run.https else { return };
-        if pending.remove(&region)
-            && let Some((latency, family)) = measured
-        {
-            run.report.region_latency.entry(region).or_insert(latency);
-            match family {
-                Family::V4 => run.report.ipv4 = true,
-                Family::V6 => run.report.ipv6 = true,
+        match &mut self.run {
+            Some(run) => {
+                if run.https.remove(&region) {
+                    note_https(&mut run.report, region, measured);
+                }
             }
+            None => self.amend(now, region, measured),
+        }
+        self.handle_timeout(now);
+    }
+
+    /// Tells whether somebody else answers HTTP requests ([`PortalCheck::judge`]); `None` if nobody answers.
+    pub fn handle_portal(&mut self, now: Instant, found: Option<bool>) {
+        if let Some(run) = self.run.as_mut().filter(|run| run.portal == Portal::Asked) {
+            run.portal = Portal::Closed;
+            run.report.captive_portal = Some(found == Some(true));
+        }
+        self.handle_timeout(now);
+    }
+
+    /// Hands over the sockets asked for by [`Event::WantSockets`] and what they are bound to. Datagrams that they receive
+    /// come to [`Self::handle_datagram_from`].
+    pub fn handle_sockets(&mut self, now: Instant, sockets: &[(SocketId, SocketAddr)]) {
+        let Self { run: Some(run), rng, transmits, .. } = self else { return };
+        if let Some(mut probing) = run.probing.take() {
+            if matches!(probing.stage, Stage::Wanted) {
+                transmits.extend(probing.open(now, run, sockets, || TransactionId::generate(rng)));
+            }
+            run.probing = Some(probing);
         }
         self.handle_timeout(now);
     }
 
     /// Does whatever is due at `now`. Calling early, late or twice is harmless.
     pub fn handle_timeout(&mut self, now: Instant) {
-        let Some(run) = &mut self.run else { return };
+        self.ask(now);
+        self.look_elsewhere(now);
+        let located = self.run.as_ref().is_some_and(|run| run.probing.is_none() && run.end() <= now);
+        if located {
+            self.locate(now);
+        }
+        self.probe(now);
+    }
+
+    /// Sends the requests that are due.
+    fn ask(&mut self, now: Instant) {
+        let Some(run) = self.run.as_mut().filter(|run| run.probing.is_none()) else { return };
         while let Some(step) = run.steps.front().filter(|step| run.started + step.after <= now).copied() {
             run.steps.pop_front();
             let socket = self.sockets.iter().find(|(_, family)| *family == step.family).map(|(socket, _)| *socket);
-            if let (Some(socket), Server::At(remote)) = (socket, run.server(&step, &self.names))
-                && run.helps(&step, remote)
+            if let (Some(socket), Server::At(server)) = (socket, run.server(&step, &self.names))
+                && run.helps(&step, server)
             {
                 let tx = TransactionId::generate(&mut self.rng);
-                run.sent.insert(tx, Sent { region: step.region, server: remote, at: now });
-                self.transmits.push_back(Transmit { socket, remote, datagram: request(tx) });
+                run.count(socket, server);
+                let own = self.ports.get(&socket).copied().unwrap_or(0);
+                run.sent.insert(tx, Sent { region: Some(step.region), socket, own, server, at: now });
+                self.transmits.push_back(Transmit { socket, remote: server, datagram: request(tx) });
             }
         }
-        if run.https.is_none() && !run.report.udp && now >= run.https_at() {
-            let regions: BTreeSet<_> = run
-                .map
-                .regions
-                .iter()
-                .filter(|(_, region)| !region.no_measure_no_home && region.relays().next().is_some())
-                .map(|(id, _)| *id)
-                .collect();
-            self.events.extend(regions.iter().map(|region| Event::WantHttpsLatency { region: *region }));
-            run.https = Some(regions);
+    }
+
+    /// Where UDP is silent, tries HTTP and HTTPS.
+    fn look_elsewhere(&mut self, now: Instant) {
+        let Some(run) = self.run.as_mut().filter(|run| run.probing.is_none() && now >= run.silent_at()) else { return };
+        if !run.fell_back && !run.report.udp {
+            run.fell_back = true;
+            let known =
+                |region: &RegionId| run.https.contains(region) || run.report.region_latency.contains_key(region);
+            let regions: Vec<_> = plan::relays(&run.map).filter(|region| !known(region)).collect();
+            run.https.extend(&regions);
+            self.events.extend(regions.into_iter().map(|region| Event::WantHttpsLatency { region }));
         }
-        if run.end() <= now {
+        if run.portal == Portal::Open {
+            let checks = portal::checks(&run.map, self.home);
+            run.portal = if checks.is_empty() { Portal::Closed } else { Portal::Asked };
+            if run.portal == Portal::Asked {
+                self.events.push_back(Event::WantPortalCheck(checks));
+            }
+        }
+    }
+
+    /// Latencies and addresses are known: chooses a home, and goes on with what the NAT does.
+    fn locate(&mut self, now: Instant) {
+        let main = self.socket(Family::V4);
+        let Some(run) = &mut self.run else { return };
+        run.conclude(self.last.as_ref());
+        run.report.took = now.saturating_duration_since(run.started);
+        self.history.add(now, run.report.region_latency.clone());
+        run.report.preferred = self.history.choose(now, run.started, &run.map, self.home, self.forced);
+        self.home = run.report.preferred.or(self.home);
+        let servers = main.map(|main| run.references(main)).unwrap_or_default();
+        match main {
+            Some(main) if run.full && !servers.is_empty() => {
+                run.probing = Some(Probing::new(now, main, servers));
+                self.events.push_back(Event::Located(run.report.clone()));
+                self.events.push_back(Event::WantSockets { count: probing::SOCKETS });
+            }
+            Some(_) | None => self.finish(now),
+        }
+    }
+
+    /// Goes on with the questions that need sockets of their own.
+    fn probe(&mut self, now: Instant) {
+        let Self { run: Some(run), rng, transmits, .. } = self else { return };
+        let Some(mut probing) = run.probing.take() else { return };
+        let mut draw = || TransactionId::generate(rng);
+        transmits.extend(probing.repeat(now, &mut draw));
+        let limit = run.started + run::REPORT_LIMIT;
+        let asked = matches!(probing.stage, Stage::Asking) && probing.is_over(now) && now < limit;
+        if asked {
+            transmits.extend(probing.cross(now, run, &mut draw));
+        }
+        probing.until = probing.until.min(limit);
+        let over = probing.is_over(now);
+        run.probing = Some(probing);
+        if over {
             self.finish(now);
         }
     }
 
-    /// The next request to send.
+    fn finish(&mut self, now: Instant) {
+        let Some(mut run) = self.run.take() else { return };
+        if let Some(probing) = run.probing.take() {
+            run.conclude(self.last.as_ref());
+            run.report.nat_v4.hairpin = probing.hairpin();
+            run.report.nat_v4.filtering = probing.filtering();
+            self.history.amend(run.report.region_latency.clone());
+            run.report.preferred = self.history.choose(now, run.started, &run.map, self.home, self.forced);
+            self.home = run.report.preferred.or(self.home);
+        }
+        let mut report = run.report;
+        report.took = now.saturating_duration_since(run.started);
+        let address = |report: &Report| (report.global_v4.map(|v4| v4.ip()), report.global_v6.map(|v6| v6.ip()));
+        let moved = self.last.as_ref().is_some_and(|last| address(last) != address(&report));
+        if run.full {
+            self.last_full = Some(now);
+        } else if moved {
+            self.last_full = None;
+        }
+        if report.region_latency.is_empty() && !run.https.is_empty() {
+            self.late = Some(Late { map: run.map, started: run.started, pending: run.https });
+        }
+        self.last = Some(report.clone());
+        self.events.push_back(Event::Finished(report));
+    }
+
+    /// Takes an answer that comes after a report that found nothing at all.
+    fn amend(&mut self, now: Instant, region: RegionId, measured: Option<(Duration, Family)>) {
+        let (Some(late), Some(report)) = (&mut self.late, &mut self.last) else { return };
+        if !late.pending.remove(&region) || measured.is_none() {
+            return;
+        }
+        note_https(report, region, measured);
+        self.history.amend(report.region_latency.clone());
+        report.preferred = self.history.choose(now, late.started, &late.map, self.home, self.forced);
+        report.took = now.saturating_duration_since(late.started);
+        self.home = report.preferred.or(self.home);
+        self.events.push_back(Event::Finished(report.clone()));
+    }
+
+    // Outputs
+
+    /// The next datagram to send.
     pub fn poll_transmit(&mut self) -> Option<Transmit> {
         self.transmits.pop_front()
     }
@@ -364,158 +447,26 @@ impl Netcheck {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let run = self.run.as_ref()?;
+        if let Some(probing) = &run.probing {
+            return Some(probing.next());
+        }
         let step = run.steps.front().map(|step| run.started + step.after);
-        let https = (run.https.is_none() && !run.report.udp).then(|| run.https_at());
-        [step, https, Some(run.end())].into_iter().flatten().min()
+        let elsewhere = (!run.fell_back && !run.report.udp) || run.portal == Portal::Open;
+        let elsewhere = elsewhere.then(|| run.silent_at());
+        [step, elsewhere, Some(run.end())].into_iter().flatten().min()
     }
 
     fn socket(&self, family: Family) -> Option<SocketId> {
         self.sockets.iter().find(|(_, other)| *other == family).map(|(socket, _)| *socket)
     }
-
-    fn finish(&mut self, now: Instant) {
-        let Some(run) = self.run.take() else { return };
-        let mut report = run.report;
-        report.took = now.saturating_duration_since(run.started);
-        self.history.add(now, report.region_latency.clone());
-        report.preferred = self.history.choose(now, run.started, &run.map, self.home);
-        self.home = report.preferred.or(self.home);
-        if run.full {
-            self.last_full = Some(now);
-        }
-        self.last = Some(report.clone());
-        self.events.push_back(Event::Finished(report));
-    }
 }
 
-enum Server {
-    At(SocketAddr),
-    /// To be looked up first.
-    Named(String),
-    None,
-}
-
-impl Run {
-    fn server(&self, step: &plan::Step, names: &BTreeMap<String, Vec<IpAddr>>) -> Server {
-        let node = self.map.regions.get(&step.region).and_then(|region| region.nodes.get(step.node));
-        node.map_or(Server::None, |node| server(node, step.family, names))
-    }
-
-    fn plan(&mut self, step: plan::Step, server: SocketAddr) {
-        self.wanted.insert((step.region, step.family));
-        if step.family == Family::V4 {
-            self.servers_v4.insert(server);
-        }
-        let after = self.steps.partition_point(|other| other.after <= step.after);
-        self.steps.insert(after, step);
-    }
-
-    /// Whether a request would tell something new.
-    fn helps(&self, step: &plan::Step, server: SocketAddr) -> bool {
-        if !self.answered.contains(&(step.region, step.family)) {
-            return true;
-        }
-        step.family == Family::V4 && self.mapping_open() && !self.answered_v4.contains_key(&server)
-    }
-
-    /// Whether another server could still tell how the NAT maps.
-    fn mapping_open(&self) -> bool {
-        self.answered_v4.len() < 2 && self.servers_v4.len() > self.answered_v4.len()
-    }
-
-    fn answered(&mut self, now: Instant, sent: &Sent, mapped: SocketAddr) {
-        let latency = now.saturating_duration_since(sent.at);
-        let family = Family::of(&sent.server);
-        let report = &mut self.report;
-        report.udp = true;
-        *report.seen.entry(mapped).or_default() += 1;
-        let by_family = match family {
-            Family::V4 => {
-                report.ipv4 = true;
-                let first = *report.global_v4.get_or_insert(mapped);
-                self.answered_v4.insert(sent.server, mapped);
-                if self.answered_v4.len() > 1 {
-                    let varies = report.mapping_varies_by_dest_ip.unwrap_or(false) || mapped != first;
-                    report.mapping_varies_by_dest_ip = Some(varies);
-                }
-                &mut report.region_latency_v4
-            }
-            Family::V6 => {
-                report.ipv6 = true;
-                report.global_v6 = Some(mapped);
-                &mut report.region_latency_v6
-            }
-        };
-        for table in [by_family, &mut report.region_latency] {
-            let best = table.entry(sent.region).or_insert(latency);
-            *best = latency.min(*best);
-        }
-        self.answered.insert((sent.region, family));
-        let asked: BTreeSet<_> = self.wanted.iter().map(|(region, _)| *region).collect();
-        if self.report.region_latency_v4.len().max(self.report.region_latency.len()) >= asked.len().min(ENOUGH) {
-            self.enough.get_or_insert(now);
-        }
-    }
-
-    fn https_at(&self) -> Instant {
-        if self.wanted.is_empty() && self.waiting.is_empty() { self.started } else { self.started + HTTPS_AFTER }
-    }
-
-    /// When this report ends, as far as is known now.
-    fn end(&self) -> Instant {
-        if self.report.udp {
-            let complete = self.waiting.is_empty() && self.wanted.is_subset(&self.answered) && !self.mapping_open();
-            if complete {
-                return self.started;
-            }
-            let limit = self.started + STUN_LIMIT;
-            let Some(enough) = self.enough else { return limit };
-            let slowest = self.report.region_latency.values().max().copied().unwrap_or_default();
-            let wait = if self.full { slowest * 2 } else { slowest };
-            let least = if self.mapping_open() { LINGER_FOR_MAPPING } else { LINGER };
-            return limit.min(enough + wait.max(least));
-        }
-        match &self.https {
-            Some(pending) if pending.is_empty() && self.wanted.is_empty() && self.waiting.is_empty() => self.started,
-            Some(pending) if pending.is_empty() => self.started + BLOCKED_AFTER,
-            Some(_) | None => self.started + REPORT_LIMIT,
-        }
-    }
-}
-
-/// Where a node answers STUN over `family`.
-fn server(node: &DerpNode, family: Family, names: &BTreeMap<String, Vec<IpAddr>>) -> Server {
-    let Some(port) = node.stun_udp_port() else { return Server::None };
-    let fits = |ip: &IpAddr| Family::of(&SocketAddr::new(*ip, port)) == family;
-    let at = |ip: IpAddr| Server::At(SocketAddr::new(ip, port));
-    if let Ok(ip) = node.stun_test_ip.parse::<IpAddr>() {
-        return if fits(&ip) { at(ip) } else { Server::None };
-    }
-    let given = match family {
-        Family::V4 => match node.v4() {
-            FamilyAddress::At(ip) => Some(IpAddr::V4(ip)),
-            FamilyAddress::Disabled => return Server::None,
-            FamilyAddress::Lookup => None,
-        },
-        Family::V6 => match node.v6() {
-            FamilyAddress::At(ip) => Some(IpAddr::V6(ip)),
-            FamilyAddress::Disabled => return Server::None,
-            FamilyAddress::Lookup => None,
-        },
-    };
-    // A host name may be an address itself.
-    let given = given.or_else(|| node.host_name.trim_matches(['[', ']']).parse().ok());
-    match (given, names.get(&node.host_name)) {
-        (Some(ip), _) => {
-            if fits(&ip) {
-                at(ip)
-            } else {
-                Server::None
-            }
-        }
-        (None, Some(found)) => found.iter().find(|ip| fits(ip)).map_or(Server::None, |ip| at(*ip)),
-        (None, None) if node.host_name.is_empty() => Server::None,
-        (None, None) => Server::Named(node.host_name.clone()),
+fn note_https(report: &mut Report, region: RegionId, measured: Option<(Duration, Family)>) {
+    let Some((latency, family)) = measured else { return };
+    report.region_latency.entry(region).or_insert(latency);
+    match family {
+        Family::V4 => report.ipv4 = true,
+        Family::V6 => report.ipv6 = true,
     }
 }
 

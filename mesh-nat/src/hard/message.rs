@@ -8,7 +8,7 @@
 //! | 0 | 4 | attempt, chosen by whoever proposes |
 //! | 4 | 1 | step: 0 propose, 1 accept, 2 ready, 3 more, 4 stop |
 //! | 5 | 1 | its argument: the stage for ready and more, the reason for stop, else 0 |
-//! | 6 | 1 | mapping: 0 unknown, 1 endpoint-independent, 2 address-dependent, 3 address-and-port-dependent |
+//! | 6 | 1 | mapping: 0 unknown, 1 endpoint-independent, 2 address-dependent, 3 address-and-port-dependent, 4 depends on the destination, unknown how |
 //! | 7 | 1 | filtering, likewise |
 //! | 8 | 1 | allocation: 0 unknown, 1 preserving, 2 sequential, 3 block, 4 random |
 //! | 9 | 2 | stride, signed, not 0 if sequential |
@@ -114,12 +114,13 @@ impl Punch {
         let lifetime = u32::from_be_bytes(reader.take()?);
         let behaviour = Behaviour {
             mapping: match mapping {
-                0 => None,
+                0 | 4 => None,
                 1 => Some(Mapping::EndpointIndependent),
                 2 => Some(Mapping::AddressDependent),
                 3 => Some(Mapping::AddressAndPortDependent),
                 _ => return Err(DecodeError::Field("mapping")),
             },
+            varies: mapping == 4,
             filtering: match filtering {
                 0 => None,
                 1 => Some(Filtering::EndpointIndependent),
@@ -176,6 +177,7 @@ impl Punch {
         out.extend_from_slice(&self.attempt.to_be_bytes());
         out.extend_from_slice(&[step, argument]);
         out.push(match behaviour.mapping {
+            None if behaviour.varies => 4,
             None => 0,
             Some(Mapping::EndpointIndependent) => 1,
             Some(Mapping::AddressDependent) => 2,
@@ -277,6 +279,7 @@ mod tests {
     fn punch(step: Step, guess: Guess) -> Punch {
         let behaviour = Behaviour {
             mapping: Some(Mapping::AddressAndPortDependent),
+            varies: false,
             filtering: None,
             allocation: Some(Allocation::Sequential { stride: -2 }),
             ports: Some(PortRange { first: 1024, last: 2047 }),

@@ -39,13 +39,22 @@ impl History {
         self.reports.retain(|(at, _)| now.saturating_duration_since(*at) <= MEMORY);
     }
 
-    /// The home from now on, given the one until now. Call it after [`Self::add`] with the same measurement.
+    /// The latest measurement has gone on.
+    pub(super) fn amend(&mut self, measured: Latencies) {
+        if let Some((_, latest)) = self.reports.back_mut() {
+            *latest = measured;
+        }
+    }
+
+    /// The home from now on, given the one until now and the one that was asked for. Call it after [`Self::add`] with the
+    /// same measurement, which began at `started`.
     pub(super) fn choose(
         &self,
         now: Instant,
         started: Instant,
         map: &DerpMap,
         home: Option<RegionId>,
+        forced: Option<RegionId>,
     ) -> Option<RegionId> {
         let empty = Latencies::new();
         let latest = self.reports.back().map_or(&empty, |(_, measured)| measured);
@@ -59,6 +68,11 @@ impl History {
         let heard_within = |region: RegionId, span: Duration| {
             self.heard.get(&region).is_some_and(|at| now.saturating_duration_since(*at) <= span)
         };
+        if let Some(forced) = forced.filter(eligible)
+            && (latest.contains_key(&forced) || heard_within(forced, HEARD_LATELY))
+        {
+            return Some(forced);
+        }
         let Some((best_latency, best)) = best else {
             return home.filter(|home| heard_within(*home, HEARD_LATELY));
         };
@@ -128,7 +142,7 @@ mod tests {
     fn choose(pairs: &[(u16, u64)], home: Option<u16>) -> Option<RegionId> {
         let (now, mut history) = (start(), History::default());
         history.add(now, measured(pairs));
-        history.choose(now, now, &map(3), home.map(id))
+        history.choose(now, now, &map(3), home.map(id), None)
     }
 
     #[test]
@@ -148,9 +162,9 @@ mod tests {
     fn a_home_that_does_not_answer_is_left_unless_its_relay_was_heard() {
         let (now, mut history) = (start(), History::default());
         history.add(now, measured(&[(2, 60)]));
-        assert_eq!(history.choose(now, now, &map(3), Some(id(1))), Some(id(2)));
+        assert_eq!(history.choose(now, now, &map(3), Some(id(1)), None), Some(id(2)));
         history.note_heard(now, id(1));
-        assert_eq!(history.choose(now, now, &map(3), Some(id(1))), Some(id(1)));
+        assert_eq!(history.choose(now, now, &map(3), Some(id(1)), None), Some(id(1)));
     }
 
     #[test]
@@ -158,8 +172,8 @@ mod tests {
         let (now, mut history) = (start(), History::default());
         history.note_heard(now, id(1));
         history.add(now + HEARD_LATELY, Latencies::new());
-        assert_eq!(history.choose(now + HEARD_LATELY, now, &map(3), Some(id(1))), Some(id(1)));
-        assert_eq!(history.choose(now + HEARD_LATELY * 2, now, &map(3), Some(id(1))), None);
+        assert_eq!(history.choose(now + HEARD_LATELY, now, &map(3), Some(id(1)), None), Some(id(1)));
+        assert_eq!(history.choose(now + HEARD_LATELY * 2, now, &map(3), Some(id(1)), None), None);
     }
 
     #[test]
@@ -168,10 +182,10 @@ mod tests {
         history.add(now, measured(&[(1, 50), (2, 20)]));
         let later = now + Duration::from_secs(60);
         history.add(later, measured(&[(1, 50), (2, 200)]));
-        assert_eq!(history.choose(later, later, &map(3), None), Some(id(2)));
+        assert_eq!(history.choose(later, later, &map(3), None, None), Some(id(2)));
         let much_later = later + Duration::from_secs(400);
         history.add(much_later, measured(&[(1, 50), (2, 200)]));
-        assert_eq!(history.choose(much_later, much_later, &map(3), None), Some(id(1)));
+        assert_eq!(history.choose(much_later, much_later, &map(3), None, None), Some(id(1)));
     }
 
     #[test]
@@ -180,9 +194,9 @@ mod tests {
         history.add(now, measured(&[(1, 30), (2, 20)]));
         let mut map = map(2);
         map.home_params = Some(HomeParams { region_score: BTreeMap::from([(id(2), 2.0)]) });
-        assert_eq!(history.choose(now, now, &map, None), Some(id(1)));
+        assert_eq!(history.choose(now, now, &map, None, None), Some(id(1)));
         map.regions.get_mut(&id(1)).unwrap().no_measure_no_home = true;
-        assert_eq!(history.choose(now, now, &map, None), Some(id(2)));
+        assert_eq!(history.choose(now, now, &map, None, None), Some(id(2)));
     }
 
     #[test]

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use mesh_derp::map::{DerpMap, RegionId};
+use mesh_derp::map::{DerpMap, DerpRegion, RegionId};
 
 use super::Report;
 use crate::path::Family;
@@ -87,11 +87,28 @@ pub(super) fn incremental(map: &DerpMap, families: &[Family], last: &Report, hom
     ordered(steps)
 }
 
+/// The regions that can only be measured by HTTPS.
+pub(super) fn without_stun(map: &DerpMap) -> impl Iterator<Item = RegionId> {
+    let silent =
+        |region: &RegionId| map.regions.get(region).is_some_and(|region| stun_servers(region).next().is_none());
+    relays(map).filter(silent)
+}
+
+/// The regions that can be measured by HTTPS.
+pub(super) fn relays(map: &DerpMap) -> impl Iterator<Item = RegionId> {
+    let open = |region: &DerpRegion| !region.no_measure_no_home && region.relays().next().is_some();
+    map.regions.iter().filter(move |(_, region)| open(region)).map(|(id, _)| *id)
+}
+
+/// The indices of a region's STUN servers.
+fn stun_servers(region: &DerpRegion) -> impl Iterator<Item = usize> {
+    (0..region.nodes.len()).filter(|node| region.nodes[*node].stun_udp_port().is_some())
+}
+
 /// The regions that may be measured, each with the indices of its STUN servers.
 fn measurable(map: &DerpMap) -> impl Iterator<Item = (RegionId, Vec<usize>)> {
     map.regions.iter().filter(|(_, region)| !region.no_measure_no_home).filter_map(|(id, region)| {
-        let servers: Vec<_> =
-            (0..region.nodes.len()).filter(|node| region.nodes[*node].stun_udp_port().is_some()).collect();
+        let servers: Vec<_> = stun_servers(region).collect();
         (!servers.is_empty()).then_some((*id, servers))
     })
 }
@@ -104,7 +121,7 @@ fn ordered(mut steps: Vec<Step>) -> Vec<Step> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mesh_derp::map::{DerpNode, DerpRegion};
+    use mesh_derp::map::DerpNode;
 
     fn map(regions: u16, nodes: usize) -> DerpMap {
         let mut map = DerpMap::default();

@@ -117,7 +117,7 @@ pub struct StunServer(pub Responder);
 impl Program for StunServer {
     fn handle_datagram(&mut self, io: &mut Io<'_>, socket: SocketId, from: SocketAddr, datagram: &[u8]) -> bool {
         let Ok(answer) = self.0.handle_datagram(from, datagram) else { return false };
-        io.send(socket, from, answer);
+        io.send(socket, from, answer.datagram);
         true
     }
 }

@@ -19,6 +19,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use rand_core::CryptoRng;
+use stun_rs::attributes::discovery::{ChangeRequest, ChangeRequestFlags};
 use stun_rs::attributes::stun::{Fingerprint, Software, XorMappedAddress};
 use stun_rs::methods::BINDING;
 use stun_rs::{
@@ -78,12 +79,23 @@ pub enum StunError {
 /// A binding request that names the mesh's software: 40 bytes.
 #[must_use]
 pub fn request(tx: TransactionId) -> Vec<u8> {
+    encode(&member_request(tx).with_attribute(Fingerprint::default()).build())
+}
+
+/// The same with the wish that the answer comes from the server's other port (CHANGE-REQUEST, RFC 5780 §7.2): 48 bytes.
+/// Servers that do not know the wish answer from the same port.
+#[must_use]
+pub fn request_from_other_port(tx: TransactionId) -> Vec<u8> {
+    let wish = ChangeRequest::new(Some(ChangeRequestFlags::ChangePort.into()));
+    encode(&member_request(tx).with_attribute(wish).with_attribute(Fingerprint::default()).build())
+}
+
+fn member_request(tx: TransactionId) -> StunMessageBuilder {
     let builder = StunMessageBuilder::new(BINDING, MessageClass::Request).with_transaction_id(tx.0.into());
-    let builder = match Software::new(SOFTWARE) {
+    match Software::new(SOFTWARE) {
         Ok(software) => builder.with_attribute(software),
         Err(_) => builder,
-    };
-    encode(&builder.with_attribute(Fingerprint::default()).build())
+    }
 }
 
 /// A success response that tells `mapped`. IPv4-mapped IPv6 addresses are told as IPv4.
@@ -115,6 +127,8 @@ pub struct Request {
     pub tx: TransactionId,
     /// Whether it carries SOFTWARE "tailnode" and a right fingerprint.
     pub member: bool,
+    /// Whether the answer is wanted from the server's other port.
+    pub from_other_port: bool,
 }
 
 impl Request {
@@ -142,6 +156,10 @@ impl Request {
         Ok(Self {
             tx: TransactionId(*message.transaction_id().as_bytes()),
             member: fingerprinted && named.is_some_and(|software| *software == SOFTWARE),
+            from_other_port: message
+                .get::<ChangeRequest>()
+                .and_then(|found| found.as_change_request().ok())
+                .is_some_and(|wish| wish.flags().contains(ChangeRequestFlags::ChangePort)),
         })
     }
 }
@@ -270,6 +288,16 @@ mod tests {
         datagram.extend([0x80, 0x22, 0, 2, 0xff, 0xfe, 0, 0]);
         datagram[3] += 20;
         assert_eq!(Response::decode(&datagram).unwrap().mapped, "192.0.2.1:41641".parse().unwrap());
+    }
+
+    #[test]
+    fn the_wish_for_an_answer_from_elsewhere_is_understood() {
+        let tx = TransactionId([8; 12]);
+        let wish = request_from_other_port(tx);
+        assert_eq!(wish.len(), 48);
+        let read = Request::decode(&wish).unwrap();
+        assert!(read.member && read.from_other_port && read.tx == tx);
+        assert!(!Request::decode(&request(tx)).unwrap().from_other_port);
     }
 
     #[test]
