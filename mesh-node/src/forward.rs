@@ -25,10 +25,12 @@ pub use targets::{Targets, ThisHost};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc};
@@ -282,13 +284,15 @@ impl Forwarder {
     }
 }
 
-/// Copies both ways until both sides have closed; a reset of one side resets the other.
+/// Moves bytes both ways until both sides have closed; a reset of one side resets the other.
 pub(crate) async fn bridge(remote: netstack::TcpStream, local: TcpStream) {
-    let local = Arc::new(local);
-    if let Err(error) = remote.splice(&local).await {
+    let bridged = match local.into_std().map(Arc::new) {
+        Ok(local) => remote.splice(&local).await.inspect_err(|_| abort(&local)),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = bridged {
         tracing::debug!(peer = %remote.peer_addr(), %error, "a bridged connection broke");
         remote.reset();
-        abort(&local);
     }
 }
 
@@ -301,10 +305,10 @@ where
     tokio::io::copy_bidirectional_with_sizes(a, b, COPY_BUFFER, COPY_BUFFER).await
 }
 
-/// Closes a kernel socket with a reset.
-fn abort(stream: &TcpStream) {
+/// Closes a kernel socket with a reset, when it is let go.
+fn abort(stream: impl AsFd) {
     // With a linger time of zero, close sends a reset (POSIX leaves it open, all systems do).
-    let _ = stream.set_zero_linger();
+    let _ = sockopt::set_socket_linger(stream, Some(Duration::ZERO));
 }
 
 /// One UDP flow and its local socket.

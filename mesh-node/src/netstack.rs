@@ -14,6 +14,10 @@
 //!
 //! A task that writes to a stream runs TCP's output itself, under the lock, and so does the thread that brings packets;
 //! timers are the stack thread's work. It sleeps until the next one, or until there is room in the outbox; nothing polls.
+//! While the data plane's own thread sleeps, whoever has made packets has the data plane send them there and then.
+//!
+//! A connection that only passes between the mesh and a local socket (proxies, forwarding) is *spliced*: the stack holds
+//! that socket too, and the thread that brings packets moves the bytes, without a task and its buffer in between.
 //!
 //! TCP is worked on in super-packets of up to 64 KiB both ways: a write becomes one, which is cut where it is copied into
 //! the data plane's batch, and packets that arrive in order are joined before a socket sees them. Buffers are used again,

@@ -1,6 +1,7 @@
 //! The RX threads: datagrams from a socket or from relays, opened, judged and written to the device.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use mesh_tun::linux::udp::UdpBatch;
 use mesh_tun::mtu;
 use mesh_tun::packet::{self, Packet, Protocol};
 
+use super::peer::PeerCell;
 use super::sessions::SessionCell;
 use super::workers::{Handover, Inbound};
 use super::{BATCH, DropReason, IDLE, Injected, Notice, Shared, transmit};
@@ -266,6 +268,8 @@ impl<'a> Opener<'a> {
         let routes = self.shared.routes.load();
         let filter = self.shared.filter.load();
         let mut passed = 0;
+        // Neighbours mostly come from one address.
+        let mut last: Option<(IpAddr, Option<&Arc<PeerCell>>)> = None;
         for opened in &self.opened {
             let index = opened.index;
             let peer = &self.sessions[opened.session].peer;
@@ -279,7 +283,11 @@ impl<'a> Opener<'a> {
                 Err(None)
             } else {
                 Packet::parse(bytes).map_err(|_| Some(DropReason::BadPacket)).and_then(|packet| {
-                    if !routes.lookup(packet.source).is_some_and(|owner| Arc::ptr_eq(owner, peer)) {
+                    let (_, owner) = match last {
+                        Some(known) if known.0 == packet.source => known,
+                        _ => *last.insert((packet.source, routes.lookup(packet.source))),
+                    };
+                    if !owner.is_some_and(|owner| Arc::ptr_eq(owner, peer)) {
                         return Err(Some(DropReason::ForeignSource));
                     }
                     match filter.inbound(&packet, peer.standing(), now) {

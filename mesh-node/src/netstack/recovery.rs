@@ -25,6 +25,8 @@ pub(super) const DUPLICATES: u8 = 3;
 const ACK_DELAY: Duration = Duration::from_millis(50);
 /// Probes in a row that nothing comes of, until the rest is left to smoltcp's timer.
 const MAX_PROBES: u32 = 3;
+/// How long the shortest round trip counts: the path may be another one after that.
+const SHORTEST_AGE: Duration = Duration::from_secs(10);
 /// The longest wait before a probe: smoltcp's timer fires then.
 const LATEST_PROBE: Duration = Duration::from_secs(1);
 
@@ -46,6 +48,8 @@ pub(super) struct Recovery {
     timing: Option<(TcpSeqNumber, Instant)>,
     /// The smoothed round-trip time and its variation (RFC 6298 §2).
     round_trip: Option<(Duration, Duration)>,
+    /// The shortest round trip of late, and when it was measured.
+    shortest: Option<(Duration, Instant)>,
     /// When to probe, and how often that was done since the last progress.
     probe_at: Option<Instant>,
     probes: u32,
@@ -109,9 +113,17 @@ impl Recovery {
         }
     }
 
-    /// The smoothed round-trip time.
-    pub(super) fn round_trip(&self) -> Option<Duration> {
-        self.round_trip.map(|(smoothed, _)| smoothed)
+    /// Bytes that are sent and not acknowledged.
+    pub(super) fn flight(&self) -> usize {
+        match (self.highest, self.last_ack) {
+            (Some(highest), Some(last)) if last.number < highest => highest - last.number,
+            _ => 0,
+        }
+    }
+
+    /// The shortest round-trip time of late: that of the path, without the queues that we fill ourselves.
+    pub(super) fn shortest_round_trip(&self) -> Option<Duration> {
+        self.shortest.map(|(shortest, _)| shortest)
     }
 
     /// The newest acknowledgement of the peer.
@@ -179,6 +191,9 @@ impl Recovery {
     fn measure(&mut self, now: Instant, number: TcpSeqNumber) {
         let Some((_, at)) = self.timing.take_if(|(end, _)| number >= *end) else { return };
         let sample = now.saturating_duration_since(at);
+        if self.shortest.is_none_or(|(shortest, at)| sample <= shortest || now > at + SHORTEST_AGE) {
+            self.shortest = Some((sample, now));
+        }
         self.round_trip = Some(match self.round_trip {
             Some((smoothed, variation)) => {
                 ((7 * smoothed + sample) / 8, (3 * variation + smoothed.abs_diff(sample)) / 4)

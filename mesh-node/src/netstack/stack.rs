@@ -37,7 +37,7 @@ use ipnet::IpNet;
 use mesh_tun::offload::Coalescer;
 use ports::{Listener, Udp};
 use splice::Splice;
-pub(super) use splice::{Half, Local};
+pub(super) use splice::{Half, Halves, Local};
 
 use super::packet::{self, Flow};
 use super::parcel::LONGEST;

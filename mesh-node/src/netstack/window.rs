@@ -4,11 +4,19 @@
 //! but queues: between two machines of one house, a megabyte is more than the path holds, and what a peer sends beyond
 //! that is lost where a socket's buffer ends. So a window begins small, and doubles whenever half of it has passed within
 //! one round trip: the sign of somebody who waits for it. (Linux sizes its windows after the same measurement.)
+//!
+//! A side that mostly receives measures few round trips, and those of a busy machine are too long: then a window outgrows
+//! the path all the same. What is lost shows it, and halves the window again.
 
 use std::time::{Duration, Instant};
 
 /// What a window begins with.
 pub(super) const FIRST: usize = 1 << 20;
+
+/// How long a window keeps its size after a loss.
+const CALM: Duration = Duration::from_secs(10);
+/// Losses so close to each other are one.
+const EPISODE: Duration = Duration::from_millis(100);
 
 /// The bytes that may be offered to the peer, or taken from the program, and have not passed.
 #[derive(Debug)]
@@ -18,12 +26,14 @@ pub(super) struct Window {
     /// When this round trip began, and what has passed since.
     since: Option<Instant>,
     passed: usize,
+    /// When packets were lost.
+    lost: Option<Instant>,
 }
 
 impl Window {
     /// A window for a buffer of `most` bytes.
     pub(super) fn new(most: usize) -> Self {
-        Self { limit: most.min(FIRST), most, since: None, passed: 0 }
+        Self { limit: most.min(FIRST), most, since: None, passed: 0, lost: None }
     }
 
     /// How many bytes.
@@ -33,7 +43,8 @@ impl Window {
 
     /// Notes bytes that have passed. Nothing grows before a round trip has been measured.
     pub(super) fn pass(&mut self, now: Instant, bytes: usize, round_trip: Option<Duration>) {
-        let Some(round_trip) = round_trip.filter(|_| self.limit < self.most) else { return };
+        let calm = self.lost.is_none_or(|lost| now > lost + CALM);
+        let Some(round_trip) = round_trip.filter(|_| self.limit < self.most && calm) else { return };
         if self.since.is_none_or(|since| now.saturating_duration_since(since) > round_trip) {
             (self.since, self.passed) = (Some(now), 0);
         }
@@ -42,6 +53,14 @@ impl Window {
             self.limit = self.limit.saturating_mul(2).min(self.most);
             self.since = None;
         }
+    }
+
+    /// Notes that packets are missing.
+    pub(super) fn lose(&mut self, now: Instant) {
+        if self.lost.is_none_or(|lost| now > lost + EPISODE) {
+            self.limit = self.limit.min((self.limit / 2).max(FIRST));
+        }
+        self.lost = Some(now);
     }
 }
 
@@ -71,6 +90,28 @@ mod tests {
         assert_eq!(after_a_second(125_000_000, Some(Duration::from_millis(1))), FIRST, "125 kB are on their way");
         assert_eq!(after_a_second(1_000_000, Some(ROUND_TRIP)), FIRST);
         assert_eq!(after_a_second(125_000_000, None), FIRST);
+    }
+
+    #[test]
+    fn a_loss_halves_a_window_that_has_grown_and_holds_it_for_a_while() {
+        let (mut window, mut now) = (Window::new(8 << 20), start());
+        let grow = |window: &mut Window, now| (0..8).for_each(|_| window.pass(now, 8 << 20, Some(ROUND_TRIP)));
+        grow(&mut window, now);
+        assert_eq!(window.limit(), 8 << 20);
+        for _ in 0..3 {
+            window.lose(now);
+        }
+        assert_eq!(window.limit(), 4 << 20, "one burst is one loss");
+        now += CALM;
+        grow(&mut window, now);
+        assert_eq!(window.limit(), 4 << 20);
+        grow(&mut window, now + Duration::from_millis(1));
+        assert_eq!(window.limit(), 8 << 20);
+        (0..10).for_each(|nth| window.lose(now + nth * Duration::from_secs(1)));
+        assert_eq!(window.limit(), FIRST);
+        let mut small = Window::new(64 * 1024);
+        small.lose(now);
+        assert_eq!(small.limit(), 64 * 1024);
     }
 
     #[test]

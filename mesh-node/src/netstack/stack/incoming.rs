@@ -131,7 +131,7 @@ impl Stack {
         let step = SEGMENTS_PER_ACK * self.phy.mtu().saturating_sub(HEADERS).max(1);
         let Some(conn) = self.conns.get_mut(&id).filter(|_| ack.bare) else { return };
         let Some(acked) = conn.recovery.newly_acknowledged(ack) else { return };
-        conn.sends.pass(now, acked, conn.recovery.round_trip());
+        conn.sends.pass(now, acked, conn.recovery.shortest_round_trip());
         let mut room = [0; 128];
         for done in (step..acked).step_by(step).take(MOST_ACKED / SEGMENTS_PER_ACK) {
             let Some(less) = packet::acknowledge_less(packet, ack.number - (acked - done), &mut room) else { return };
@@ -189,6 +189,7 @@ impl Stack {
             // An answer at once says that something is missing before this; a loss is told by several.
             let repeats = conn.recovery.ours().is_some_and(|(acks, _)| acks == answer.acks);
             if repeats && answer.start == answer.end {
+                conn.receives.lose(now);
                 (1..arrival.count.min(usize::from(DUPLICATES))).for_each(|_| self.phy.repeat());
             }
             conn.recovery.sent(now, answer);

@@ -20,6 +20,10 @@ mod tests;
 /// Bytes moved each way before others have their turn.
 const MOST_AT_ONCE: usize = 256 * 1024;
 
+/// Bytes read ahead of what may be sent: as many as one batch of acknowledgements lets go, and no more, since what is
+/// read long before it is sent has left the cache by then.
+const MOST_UNSENT: usize = 512 * 1024;
+
 /// A local socket. Nothing here waits: what would, is [`ErrorKind::WouldBlock`].
 pub(in crate::netstack) trait Local: Debug + Send + Sync {
     /// Reads into `room`, which is not empty; 0 is the end.
@@ -65,13 +69,13 @@ pub(super) struct Splice {
 }
 
 impl Splice {
-    /// Moves what can be moved.
-    fn run(&mut self, conn: &mut Conn, now: Instant) {
+    /// Moves what can be moved in the directions that are in none of these states.
+    fn run(&mut self, conn: &mut Conn, now: Instant, but: &[Half]) {
         let mut both = || -> io::Result<()> {
-            if self.halves.inward != Half::Done {
+            if !but.contains(&self.halves.inward) {
                 self.halves.inward = inward(conn, &*self.local, now)?;
             }
-            if self.halves.outward != Half::Done {
+            if !but.contains(&self.halves.outward) {
                 self.halves.outward = outward(conn, &*self.local)?;
             }
             Ok(())
@@ -102,7 +106,7 @@ fn inward(conn: &mut Conn, local: &dyn Local, now: Instant) -> io::Result<Half> 
             (Ok(()), Ok(count)) => {
                 left -= count;
                 conn.moved += count;
-                conn.receives.pass(now, count, conn.recovery.round_trip());
+                conn.receives.pass(now, count, conn.recovery.shortest_round_trip());
             }
             (Ok(()), Err(error)) if error.kind() == ErrorKind::WouldBlock => return Ok(Half::Local),
             (Ok(()), Err(error)) => return Err(error),
@@ -120,7 +124,9 @@ fn outward(conn: &mut Conn, local: &dyn Local) -> io::Result<Half> {
         if !matches!(conn.state(), State::Established | State::CloseWait) {
             return Err(ErrorKind::ConnectionReset.into());
         }
-        let room = conn.sends.limit().saturating_sub(conn.socket().send_queue()).min(left);
+        let queued = conn.socket().send_queue();
+        let unsent = queued.saturating_sub(conn.recovery.flight());
+        let room = conn.sends.limit().saturating_sub(queued).min(left).min(MOST_UNSENT.saturating_sub(unsent));
         if room == 0 {
             return Ok(Half::Mesh);
         }
@@ -168,7 +174,7 @@ impl Stack {
     pub(in crate::netstack) fn poll_splice(&mut self, now: Instant, id: ConnId, waker: &Waker) -> io::Result<Halves> {
         let conn = self.conns.get_mut(&id).ok_or(ErrorKind::NotConnected)?;
         let mut splice = conn.splice.take().ok_or(ErrorKind::NotConnected)?;
-        splice.run(conn, now);
+        splice.run(conn, now, &[Half::Done]);
         let outcome = match splice.failed.take() {
             Some(error) => Err(error),
             None => {
@@ -198,7 +204,8 @@ impl Stack {
             let Some(mut splice) = conn.splice.take() else { continue };
             splice.stirred = false;
             let before = splice.halves;
-            splice.run(conn, now);
+            // The task looks after those that wait for the local socket.
+            splice.run(conn, now, &[Half::Done, Half::Local]);
             let news = |before, after| after == Half::Turn || (after != before && after != Half::Mesh);
             let after = splice.halves;
             let awaited =

@@ -228,7 +228,7 @@ impl Stack {
             }
             Ok(read) => {
                 conn.moved += read;
-                conn.receives.pass(now, read, conn.recovery.round_trip());
+                conn.receives.pass(now, read, conn.recovery.shortest_round_trip());
                 self.touch(id);
                 Poll::Ready(Ok(read))
             }
