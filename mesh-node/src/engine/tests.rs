@@ -163,7 +163,7 @@ impl World {
             Path::Direct { remote, .. } if remote.port() == 3478 => {
                 let answer = self.stun.handle_datagram(self.hosts[from].address, &datagram).unwrap();
                 let hop = Hop { path: Path::Direct { socket: SocketId(0), remote }, node: None };
-                self.enqueue(DIRECT_DELAY * 2, from, Parcel::Engine { from: hop, datagram: answer });
+                self.enqueue(DIRECT_DELAY * 2, from, Parcel::Engine { from: hop, datagram: answer.datagram });
                 return;
             }
             Path::Direct { remote, .. } => {
