@@ -11,12 +11,14 @@
 //! | endpoints, home region, disco key | `PeersChangedPatch` with the present values |
 //! | came or went | the patch with `Online`, and `LastSeen` when it went; `PeerSeenChange` false when it came |
 //! | deleted | `PeersRemoved` |
+//! | of the same user: joined, changed as a whole, deleted | also the filter that says who may relay for whom |
 //!
 //! Clients re-read a `PeersChanged` node as a patch when only patchable fields differ, and then lose what a patch cannot
 //! say (control.md §5.8). Hence `Endpoints` is always present, even when empty, and presence always travels as a patch.
 
 mod changelog;
 mod node;
+mod relay;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -87,7 +89,7 @@ pub fn full(view: &View<'_>, id: NodeId) -> Result<MapResponse, NoMap> {
         dns_config: Some(dns(view)),
         domain: view.settings.domain.clone(),
         collect_services: Some(false),
-        packet_filters: BTreeMap::from([("base".to_owned(), Some(if expired { Vec::new() } else { filter() }))]),
+        packet_filters: filters(view, me),
         ssh_policy: Some(serde_json::json!({ "rules": [] })),
         control_time: node::time(view.now),
         debug: Some(Debug { disable_log_tail: true, ..Debug::default() }),
@@ -112,7 +114,11 @@ pub fn delta(view: &View<'_>, id: NodeId, changes: &Changes) -> Result<Option<Ma
     let me = view.state.node(id).ok_or(NoMap::Gone)?;
     let mut message = MapResponse::default();
     let mut users = Vec::new();
+    let mut relays = false;
     for (changed, news) in &changes.nodes {
+        // Of a node that is gone, nobody knows any more whose it was.
+        let ours = || view.state.node(*changed).is_none_or(|node| node.owner == me.owner);
+        relays |= news.whole && (*changed == id || (!me.is_expired(view.now) && ours()));
         if *changed == id {
             if news.whole || news.own {
                 message.node = Some(node::for_self(view, me));
@@ -152,6 +158,9 @@ pub fn delta(view: &View<'_>, id: NodeId, changes: &Changes) -> Result<Option<Ma
             message.peers_changed_patch.push(patch);
         }
     }
+    if relays {
+        message.packet_filters = filters(view, me);
+    }
     if changes.derp_map {
         message.derp_map = Some(view.settings.derp_map.clone());
     }
@@ -190,6 +199,13 @@ pub fn profile(state: &State, id: UserId) -> Option<UserProfile> {
 /// Names of peers resolve; everything else is the device's own business.
 fn dns(view: &View<'_>) -> DnsConfig {
     DnsConfig { proxied: true, domains: vec![view.settings.domain.clone()], ..DnsConfig::default() }
+}
+
+/// All filters of a node, by name. Always sent together, and empty rather than absent: not every client knows to keep what
+/// is not named, and null is a list to some only.
+fn filters(view: &View<'_>, me: &super::record::Node) -> BTreeMap<String, Option<Vec<FilterRule>>> {
+    let base = if me.is_expired(view.now) { Vec::new() } else { filter() };
+    [("base", base), (relay::FILTER, relay::rules(view, me))].map(|(name, rules)| (name.to_owned(), Some(rules))).into()
 }
 
 /// The policy until there is a language for one: every node of the tailnet may open everything on every other.

@@ -82,6 +82,7 @@ pub fn hostinfo_for_peers(full: &Hostinfo) -> Hostinfo {
         ssh_host_keys: full.ssh_host_keys.clone(),
         routable_ips: full.routable_ips.clone(),
         app_connector: full.app_connector,
+        peer_relay: full.peer_relay,
         location: full.location.clone(),
         ..Hostinfo::default()
     }

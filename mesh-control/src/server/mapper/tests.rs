@@ -155,6 +155,53 @@ fn reachable(port: u16) -> Update {
     }
 }
 
+/// A report of a node that offers to relay, or does no longer.
+fn offering(peer_relay: bool) -> Update {
+    let hostinfo = Hostinfo { hostname: "host2".into(), os: "linux".into(), peer_relay, ..Hostinfo::default() };
+    Update { hostinfo: Some(hostinfo), ..Update::default() }
+}
+
+/// What the rules grant: from whom, which capability.
+fn grants(netmap: &Netmap) -> Vec<(Vec<String>, String)> {
+    let own = netmap.node().unwrap().addresses.clone();
+    let rules = netmap.filter().unwrap();
+    let granted = rules.into_iter().flat_map(|rule| {
+        let grants = rule.cap_grant.into_iter().inspect(|grant| assert_eq!(grant.dsts, own)).collect::<Vec<_>>();
+        grants.into_iter().flat_map(move |grant| {
+            let sources = rule.src_ips.clone();
+            grant.cap_map.into_keys().map(move |capability| (sources.clone(), capability)).collect::<Vec<_>>()
+        })
+    });
+    granted.collect()
+}
+
+#[test]
+fn a_user_s_nodes_may_use_the_relay_that_one_of_them_offers() {
+    let mut world = World::new(64);
+    let (me, relay) = (world.join(1, 1).unwrap(), world.join(2, 2).unwrap());
+    world.run(|state, context, _| state.create_user(context, "bob")).unwrap();
+    let wanted = NewAuthKey { user: "bob".into(), reusable: true, ..NewAuthKey::default() };
+    world.auth = world.run(|state, context, rng| state.create_key(context, rng, wanted)).unwrap().0;
+    let stranger = world.join(3, 3).unwrap();
+    let mut followers = [me, relay, stranger].map(|id| Follower::of(&world, id));
+    followers.iter_mut().for_each(|follower| assert!(follower.follow(&world).is_some()));
+    assert!(followers.iter().all(|follower| grants(&follower.netmap).is_empty()), "nobody offers anything");
+
+    world.update(relay, offering(true));
+    followers.iter_mut().for_each(|follower| assert!(follower.follow(&world).is_some()));
+    let address = |number: u8| vec![format!("100.64.0.{number}"), format!("fd7a:115c:a1e0::6440:{number}")];
+    let target = (address(2), "tailscale.com/cap/relay-target".to_owned());
+    let asks = ([address(1), address(2)].concat(), "tailscale.com/cap/relay".to_owned());
+    assert_eq!(grants(&followers[0].netmap), [target.clone()]);
+    assert_eq!(grants(&followers[1].netmap), [target, asks]);
+    assert_eq!(grants(&followers[2].netmap), []);
+    assert!(followers[0].netmap.peer(relay).unwrap().hostinfo.as_ref().unwrap().peer_relay);
+
+    world.update(relay, offering(false));
+    followers.iter_mut().for_each(|follower| assert!(follower.follow(&world).is_some()));
+    assert!(followers.iter().all(|follower| grants(&follower.netmap).is_empty()));
+}
+
 #[test]
 fn the_first_map_holds_all_that_a_client_needs() {
     let mut world = World::new(64);
@@ -329,6 +376,7 @@ enum Step {
     Go(u64),
     Expire(u64),
     Delete(u64),
+    Relay(u64, bool),
     Derp(u16),
     Follow,
     Wait,
@@ -343,7 +391,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => node.clone().prop_map(Step::Come),
         2 => node.clone().prop_map(Step::Go),
         1 => node.clone().prop_map(Step::Expire),
-        1 => node.prop_map(Step::Delete),
+        1 => node.clone().prop_map(Step::Delete),
+        2 => (0..5_u64, any::<bool>()).prop_map(|(node, on)| Step::Relay(node, on)),
         1 => (1..4_u16).prop_map(Step::Derp),
         3 => Just(Step::Follow),
         1 => Just(Step::Wait),
@@ -380,6 +429,7 @@ proptest! {
                 Step::Delete(node) => {
                     let _ = world.run(|state, context, _| state.delete(context, other(node)));
                 }
+                Step::Relay(node, on) => world.update(other(node), offering(on)),
                 Step::Derp(number) => {
                     let region = RegionId::new(900 + number).unwrap();
                     world.settings.derp_map.regions = [(region, DerpRegion::new(region, "r", "R"))].into();
@@ -402,6 +452,7 @@ proptest! {
         let peers = |netmap: &Netmap| netmap.peers().values().map(|node| Arc::unwrap_or_clone(Arc::clone(node))).collect::<Vec<_>>();
         prop_assert_eq!(peers(&follower.netmap), peers(&fresh));
         prop_assert_eq!(follower.netmap.node(), fresh.node());
+        prop_assert_eq!(follower.netmap.filter(), fresh.filter());
         prop_assert_eq!(follower.netmap.derp_map(), fresh.derp_map());
         for peer in fresh.peers().values() {
             prop_assert!(follower.netmap.users().contains_key(&peer.user));
