@@ -153,6 +153,12 @@ pub(crate) struct Daemon {
     /// An address at which this node is known to be reachable, e.g. a forwarded port.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) static_endpoint: Vec<SocketAddr>,
+    /// Relay UDP for your other nodes on this port, where it can be reached.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) relay_server_port: Option<u16>,
+    /// An address at which that port is known to be reachable.
+    #[arg(long, value_name = "IP:PORT", requires = "relay_server_port")]
+    pub(crate) relay_server_endpoint: Vec<SocketAddr>,
 }
 
 #[derive(Debug, Args)]
@@ -379,7 +385,7 @@ mod tests {
         for line in [
             "mesh coordinator --state-dir d --listen 203.0.113.1:80 --listen [2001:db8::1]:80 --url http://203.0.113.1 --stun 203.0.113.1:3478 --region-id 5 --no-relay --derp-map f --tls-cert c --tls-key k --insecure-relay-for-tests",
             "mesh relay --state-dir d --listen 203.0.113.1:443 --stun 203.0.113.1:3478 --print-node --verify-url http://x",
-            "mesh daemon --state-dir d --socket s --tun userspace --port 41641 --socks5 127.0.0.1:1080 --http-proxy 127.0.0.1:8080 --ca-file f --no-portmap --static-endpoint 203.0.113.1:4",
+            "mesh daemon --state-dir d --socket s --tun userspace --port 41641 --socks5 127.0.0.1:1080 --http-proxy 127.0.0.1:8080 --ca-file f --no-portmap --static-endpoint 203.0.113.1:4 --relay-server-port 7777 --relay-server-endpoint 203.0.113.1:7777",
             "mesh admin --state-dir d users create alice",
             "mesh admin --state-dir d codes create -o json",
             "mesh admin --state-dir d keys create --user alice --reusable --ephemeral --tag tag:x --expiry 24h -o json",

@@ -80,6 +80,12 @@ pub(crate) async fn daemon(options: cli::Daemon, socket: PathBuf) -> anyhow::Res
     for endpoint in options.static_endpoint {
         builder = builder.static_endpoint(endpoint);
     }
+    if let Some(port) = options.relay_server_port {
+        builder = builder.relay_server_port(port);
+    }
+    for endpoint in options.relay_server_endpoint {
+        builder = builder.relay_server_endpoint(endpoint);
+    }
     let node = builder.start().await?;
     let api = LocalApi::start(socket, node.clone()).await?;
     ready(&format!("daemon at {}", api.path().display()));

@@ -455,6 +455,7 @@ impl Dataplane {
             Path::Relay { region } => {
                 to.is_some_and(|to| self.shared.relay.send(region, to, &mut std::iter::once(datagram)) == 1)
             }
+            // Only disco goes there on its own, and it comes with its header.
             Path::PeerRelay { .. } => false,
         }
     }

@@ -38,6 +38,7 @@ use crate::error::Error;
 use crate::local_api::Via;
 use crate::netcheck::NetcheckReport;
 use crate::node::UpOptions;
+use crate::peer_relay::PeerRelay;
 use crate::prefs::{PathMode, Prefs};
 use crate::state::StateDir;
 use crate::status::{NodeState, Status};
@@ -70,6 +71,7 @@ pub(crate) struct Fixed {
     pub(crate) machine: MachinePrivate,
     pub(crate) relay_tls: ClientTls,
     pub(crate) static_endpoints: Vec<std::net::SocketAddr>,
+    pub(crate) peer_relay_addresses: Vec<std::net::SocketAddr>,
     pub(crate) loopback_endpoints: bool,
     pub(crate) timing: mesh_noise::wireguard::Timing,
     pub(crate) device: &'static str,
@@ -88,6 +90,8 @@ pub(crate) struct Driver {
     pub(crate) plane: Plane,
     pub(crate) host: HostNetwork,
     pub(crate) relay_sender: RelaySender,
+    /// Our own peer relay, if we offer one.
+    pub(crate) peer_relay: Option<Arc<PeerRelay>>,
     pub(crate) session: Option<Session>,
 }
 

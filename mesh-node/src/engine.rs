@@ -21,6 +21,7 @@
 //! otherwise. Paths are learned from validated disco probes only, never from WireGuard messages.
 
 mod endpoints;
+mod grants;
 mod io;
 mod map;
 mod measure;
@@ -42,6 +43,7 @@ use std::time::{Duration, Instant};
 
 use mesh_derp::map::RegionId;
 use mesh_nat::agent::{self, Agent, PingId};
+use mesh_nat::disco::message::AllocateResponse;
 use mesh_nat::report::{Netcheck, Report, Scope};
 use mesh_nat::{Class, Family, Path, classify};
 use mesh_noise::key::{DiscoPublic, NodePrivate, NodePublic};
@@ -216,6 +218,9 @@ impl Engine {
     pub fn set_map(&mut self, now: Instant, map: Arc<MapView>) {
         let former = std::mem::replace(&mut self.map, map);
         self.set_peers(now);
+        if former.relays != self.map.relays {
+            self.agent.set_relays(self.map.relays.clone());
+        }
         if former.derp != self.map.derp {
             self.set_regions(now);
         }
@@ -227,7 +232,7 @@ impl Engine {
     }
 
     /// Takes a datagram that is not transport data. Whatever cannot be used is counted by the core that refused it.
-    #[expect(clippy::wildcard_enum_match_arm, reason = "peer relays, and classes to come, are not for us yet")]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "classes to come are not for us yet")]
     pub fn handle_datagram(&mut self, now: Instant, from: &Hop, datagram: &[u8]) {
         let source = match from.path {
             Path::Direct { remote, .. } => Some(remote),
@@ -238,7 +243,7 @@ impl Engine {
         }
         let outcome = match classify(datagram) {
             Class::Stun => self.netcheck.handle_datagram(now, datagram).map_err(|reject| reject.to_string()),
-            Class::Disco => {
+            Class::Disco | Class::RelayedDisco { .. } => {
                 let source = agent::Source { path: from.path, node: from.node };
                 self.agent.handle_datagram(now, source, datagram).map_err(|reject| reject.to_string())
             }
@@ -350,6 +355,12 @@ impl Engine {
         let id = self.agent.ping(now, peer, size);
         self.settle(now);
         Some(id)
+    }
+
+    /// Our own peer relay has an allocation for whoever asked by [`Command::Allocate`].
+    pub fn allocated(&mut self, now: Instant, to: NodePublic, response: AllocateResponse) {
+        self.agent.allocated(now, to, response);
+        self.settle(now);
     }
 
     /// Measures the network now; [`Event::Measured`] follows.

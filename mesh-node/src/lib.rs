@@ -15,6 +15,7 @@ pub mod local_api;
 pub mod netcheck;
 pub mod netstack;
 pub mod node;
+pub mod peer_relay;
 pub mod prefs;
 pub mod proxy;
 #[cfg(feature = "server")]

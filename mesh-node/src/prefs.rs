@@ -50,4 +50,6 @@ pub struct Prefs {
     pub hostname: Option<String>,
     /// Which paths may be used.
     pub path_mode: PathMode,
+    /// The UDP port on which this node relays for others of its user's, 0 for any; it does not if absent.
+    pub relay_server_port: Option<u16>,
 }

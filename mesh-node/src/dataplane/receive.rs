@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mesh_derp::map::RegionId;
-use mesh_nat::{Class, Path, SocketId, classify};
+use mesh_nat::classify::GENEVE_LEN;
+use mesh_nat::{Class, Path, SocketId, Vni, classify};
 use mesh_noise::key::NodePublic;
 use mesh_noise::wireguard::HEADER_LEN;
 use mesh_noise::wireguard::message::{self, MessageKind};
@@ -51,10 +52,14 @@ pub(super) fn run_socket(shared: &Shared, id: SocketId, socket: &UdpBatch, numbe
             shared.drops.add(DropReason::Oversized, usize::try_from(room.truncated() - truncated).unwrap_or(1));
         }
         origins.clear();
-        origins.extend((0..room.len()).map(|index| {
-            let path = Path::Direct { socket: id, remote: room.source(index) };
-            Origin { path, source: None }
-        }));
+        for index in 0..room.len() {
+            let remote = room.source(index);
+            let path = match behind_peer_relay(room.batch_mut(), index) {
+                Some(vni) => Path::PeerRelay { server: remote, vni },
+                None => Path::Direct { socket: id, remote },
+            };
+            origins.push(Origin { path, source: None });
+        }
         if handover.is_on() {
             let mut job = handover.job(|| Inbound::new(number, socket.recv_room(BATCH)));
             std::mem::swap(&mut job.room, &mut room);
@@ -95,6 +100,19 @@ pub(super) fn run_relay(shared: &Shared, relayed: &Receiver<Injected>) {
         }
         opener.take(&mut batch, &origins);
     }
+}
+
+/// Takes the header of a peer relay off WireGuard's messages, and returns the number in it.
+fn behind_peer_relay(batch: &mut Batch, index: usize) -> Option<Vni> {
+    let datagram = batch.packet(index);
+    // Bytes that are zero in every message of WireGuard's own: most datagrams are seen no closer than this.
+    if datagram.get(2..4) != Some(&[0x7a, 0x12]) {
+        return None;
+    }
+    let Class::RelayedWireGuard { vni } = classify(datagram) else { return None };
+    let len = datagram.len();
+    batch.narrow(index, GENEVE_LEN..len);
+    Some(vni)
 }
 
 /// How a datagram came.

@@ -1,12 +1,14 @@
 //! The TX thread: packets from the device, sealed and sent.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use mesh_nat::Path;
+use mesh_nat::classify::GENEVE_LEN;
+use mesh_nat::relay::geneve::{self, Content};
 use mesh_noise::wireguard::{HEADER_LEN, Session, padded_len};
 use mesh_tun::batch::Batch;
 use mesh_tun::device::Waits;
@@ -256,7 +258,7 @@ impl Transmitter {
     }
 
     fn dispatch<'a>(&'a mut self, shared: &'a Shared, sockets: &'a [NumberedSocket]) -> Dispatch<'a> {
-        Dispatch::new(shared, self.queue, &self.batch, sockets, &mut self.outgoing)
+        Dispatch::new(shared, self.queue, &mut self.batch, sockets, &mut self.outgoing)
     }
 }
 
@@ -279,7 +281,7 @@ pub(super) struct Dispatch<'a> {
     shared: &'a Shared,
     /// Which socket of an address is sent by.
     queue: usize,
-    batch: &'a Batch,
+    batch: &'a mut Batch,
     sockets: &'a [NumberedSocket],
     /// By position in `sockets`.
     outgoing: &'a mut [Vec<Outgoing>],
@@ -290,7 +292,7 @@ impl<'a> Dispatch<'a> {
     pub(super) fn new(
         shared: &'a Shared,
         queue: usize,
-        batch: &'a Batch,
+        batch: &'a mut Batch,
         sockets: &'a [NumberedSocket],
         outgoing: &'a mut Vec<Vec<Outgoing>>,
     ) -> Self {
@@ -325,15 +327,28 @@ impl<'a> Dispatch<'a> {
                 }
             },
             Path::Relay { region } => {
-                let mut datagrams = run.map(|index| self.batch.packet(index));
+                let batch = &*self.batch;
+                let mut datagrams = run.map(|index| batch.packet(index));
                 let taken = self.shared.relay.send(region, peer.key(), &mut datagrams).min(count);
                 drops.add(DropReason::RelayFull, count - taken);
                 taken
             }
-            Path::PeerRelay { .. } => {
-                drops.add(DropReason::NoSocket, count);
-                0
-            }
+            Path::PeerRelay { server, vni } => match position_of_family(self.sockets, server) {
+                Some(at) => {
+                    let header = geneve::header(vni, Content::WireGuard);
+                    for index in run {
+                        let len = self.batch.packet(index).len();
+                        self.batch.with_room(index, GENEVE_LEN)[..GENEVE_LEN].copy_from_slice(&header);
+                        self.batch.grow(index, GENEVE_LEN, len + GENEVE_LEN);
+                        self.outgoing[at].push(Outgoing { to: server, index });
+                    }
+                    count
+                }
+                None => {
+                    drops.add(DropReason::NoSocket, count);
+                    0
+                }
+            },
         };
         if sent > 0 {
             peer.note_tx(&path, sent, bytes);
@@ -353,6 +368,11 @@ impl<'a> Dispatch<'a> {
             }
         }
     }
+}
+
+/// The first socket that reaches `remote`, by position.
+pub(super) fn position_of_family(sockets: &[NumberedSocket], remote: SocketAddr) -> Option<usize> {
+    sockets.iter().position(|(_, socket)| socket.local_addr().is_ipv4() == remote.is_ipv4())
 }
 
 impl Shared {

@@ -52,6 +52,11 @@ impl Sockets {
         }
     }
 
+    /// Every socket, the IPv4 one first.
+    pub(crate) fn into_all(self) -> Vec<Arc<UdpBatch>> {
+        std::iter::once(self.v4).chain(self.v6).collect()
+    }
+
     /// The IPv4 socket's port.
     pub(crate) fn port(&self) -> u16 {
         self.v4.local_addr().port()

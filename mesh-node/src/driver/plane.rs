@@ -86,6 +86,7 @@ impl Plane {
             Command::Relays(_)
             | Command::Regions(_)
             | Command::Announce(_)
+            | Command::Allocate { .. }
             | Command::MeasureHttps(_)
             | Command::Resolve(_) => {}
         }

@@ -1,7 +1,7 @@
 //! One stay in the mesh, from `up` to `down`: the engine with its relays and its coordinator.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,21 +14,23 @@ use mesh_derp::driver::client::{RelayEvent, latency_check};
 use mesh_derp::map::{DerpRegion, FamilyAddress, RegionId};
 use mesh_derp::tls::ClientTls;
 use mesh_nat::agent::PingId;
+use mesh_nat::disco::message::AllocateResponse;
 use mesh_nat::{Family, Path};
-use mesh_noise::key::{DiscoPrivate, MachinePublic, NodePrivate, NodePublic};
+use mesh_noise::key::{DiscoPrivate, DiscoPublic, MachinePublic, NodePrivate, NodePublic};
 use mesh_noise::random::SystemRng;
 use tokio::sync::mpsc;
 
 use super::control::{self, ControlTask};
 use super::relays::RelaySet;
-use super::{Driver, HostNetwork, Plane, RelaySender, Reply, answer};
+use super::{Clock, Driver, HostNetwork, Plane, RelaySender, Reply, answer};
 use crate::dataplane::Notice;
 use crate::directory::Directory;
 use crate::dns::MagicDns;
-use crate::engine::{self, Announcement, Command, Engine, Event, Hop, Local, MapView};
+use crate::engine::{self, Announcement, Command, Endpoint, Engine, Event, Hop, Local, MapView};
 use crate::error::Error;
 use crate::local_api::Via;
 use crate::netcheck::NetcheckReport;
+use crate::peer_relay::PeerRelay;
 use crate::prefs::PathMode;
 use crate::status::NodeState;
 
@@ -63,6 +65,8 @@ pub(crate) struct Session {
     relays: RelaySet,
     relay_sender: RelaySender,
     relay_events: mpsc::Receiver<(RegionId, RelayEvent)>,
+    peer_relay: Option<Arc<PeerRelay>>,
+    peer_relay_addresses: Vec<SocketAddr>,
     jobs: mpsc::Receiver<Job>,
     job_sender: mpsc::Sender<Job>,
     tls: ClientTls,
@@ -78,6 +82,9 @@ pub(crate) struct Session {
     names: Option<MagicDns>,
     pings: BTreeMap<PingId, Reply<(Via, Duration)>>,
     netchecks: Vec<Reply<NetcheckReport>>,
+    /// Allocations on our peer relay that the engine has not heard of yet.
+    allocated: Vec<(NodePublic, AllocateResponse)>,
+    clock: Clock,
 }
 
 impl Session {
@@ -89,7 +96,8 @@ impl Session {
             None => (NodePrivate::generate(&mut SystemRng), false),
         };
         let disco = DiscoPrivate::generate(&mut SystemRng);
-        let hostinfo = control::hostinfo(driver.prefs.hostname.as_deref(), driver.fixed.device == "userspace");
+        let mut hostinfo = control::hostinfo(driver.prefs.hostname.as_deref(), driver.fixed.device == "userspace");
+        hostinfo.peer_relay = driver.peer_relay.is_some();
         let description = control::description(&hostinfo, disco.public(), &Announcement::default());
         let tls = driver.fixed.relay_tls.clone();
         let seed = || SystemRng.array();
@@ -131,6 +139,8 @@ impl Session {
             relays,
             relay_sender,
             relay_events,
+            peer_relay: driver.peer_relay.clone(),
+            peer_relay_addresses: driver.fixed.peer_relay_addresses.clone(),
             jobs,
             job_sender,
             tls,
@@ -146,6 +156,8 @@ impl Session {
             names: None,
             pings: BTreeMap::new(),
             netchecks: Vec::new(),
+            allocated: Vec::new(),
+            clock: driver.clock,
         })
     }
 
@@ -376,8 +388,12 @@ impl Session {
 
     /// Carries out everything that the engine has decided.
     pub(super) fn drain(&mut self, plane: &mut Plane, host: &mut HostNetwork) {
-        while let Some(command) = self.engine.poll_command() {
-            self.carry_out(command, plane, host);
+        loop {
+            while let Some(command) = self.engine.poll_command() {
+                self.carry_out(command, plane, host);
+            }
+            let Some((to, response)) = self.allocated.pop() else { break };
+            self.engine.allocated(self.clock.now(), to, response);
         }
         while let Some(transmit) = self.engine.poll_transmit() {
             match (transmit.path, transmit.node) {
@@ -388,7 +404,8 @@ impl Session {
                 }
                 (Path::Relay { .. }, None) => {}
                 (Path::Direct { socket, remote }, _) => plane.send_to(socket, remote, &transmit.datagram),
-                (Path::PeerRelay { .. }, _) => tracing::debug!("peer relays are not carried yet"),
+                // The engine makes datagrams to the server of these.
+                (Path::PeerRelay { .. }, _) => {}
             }
         }
         while let Some(event) = self.engine.poll_event() {
@@ -402,11 +419,16 @@ impl Session {
             Command::Relays(plan) => self.relays.set_plan(plan),
             Command::Regions(map) => self.relays.set_map(map),
             Command::Announce(announcement) => {
+                if let Some(relay) = &self.peer_relay {
+                    let (known, told) = (&announcement.endpoints, &self.peer_relay_addresses);
+                    relay.set_addresses(peer_relay_addresses(relay.bound(), known, told));
+                }
                 let disco = self.engine.disco_key();
                 self.control.describe(control::description(&self.hostinfo, disco, &announcement));
             }
             Command::MeasureHttps(region) => self.measure_https(region),
             Command::Resolve(host) => self.resolve(host),
+            Command::Allocate { from, clients, generation } => self.allocate(from, clients, generation),
             Command::Configure(map) => {
                 host.configure(&map);
                 plane.apply(Command::Configure(map));
@@ -419,6 +441,17 @@ impl Session {
             | Command::UseSession(_)
             | Command::CloseSession(..)
             | Command::GiveUp(_) => plane.apply(command),
+        }
+    }
+
+    /// Somebody who may asks for an allocation on our peer relay. Without an answer it is asked again.
+    fn allocate(&mut self, from: NodePublic, clients: [DiscoPublic; 2], generation: u32) {
+        let Some(relay) = &self.peer_relay else { return };
+        match relay.allocate(clients) {
+            Ok(endpoint) => {
+                self.allocated.push((from, AllocateResponse { generation, endpoint }));
+            }
+            Err(reason) => tracing::debug!(%reason, peer = from.short(), "no allocation on our peer relay"),
         }
     }
 
@@ -483,6 +516,24 @@ fn path_kind(path: &Path) -> &'static str {
         Path::PeerRelay { .. } => "peer relay",
         Path::Relay { .. } => "relay",
     }
+}
+
+/// Where our peer relay may be reached: what the user says, and its ports at every address that we know of ourselves.
+fn peer_relay_addresses(
+    bound: impl Iterator<Item = SocketAddr>,
+    known: &[Endpoint],
+    told: &[SocketAddr],
+) -> Vec<SocketAddr> {
+    let mut addresses = told.to_vec();
+    for bound in bound {
+        for endpoint in known.iter().filter(|endpoint| endpoint.address.is_ipv4() == bound.is_ipv4()) {
+            let address = SocketAddr::new(endpoint.address.ip(), bound.port());
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+    }
+    addresses
 }
 
 /// The family that an HTTPS connection to this region most likely uses.

@@ -8,7 +8,7 @@ use mesh_derp::map::{DerpMap, RegionId};
 use mesh_nat::Path;
 use mesh_nat::agent::PingId;
 use mesh_nat::report::Report;
-use mesh_noise::key::{DiscoPrivate, NodePrivate, NodePublic};
+use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use mesh_noise::wireguard::{Session, Timing};
 
 use super::{Endpoint, MapView, PeerView, RelayPlan};
@@ -47,7 +47,8 @@ pub struct Hop {
 /// A datagram to be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transmit {
-    /// The way; for a relay, [`node`](Self::node) says to whom.
+    /// The way; for a relay, [`node`](Self::node) says to whom. Never a peer relay: what goes there has its header already
+    /// and is direct to the server.
     pub path: Path,
     /// The receiver, if known.
     pub node: Option<NodePublic>,
@@ -106,6 +107,16 @@ pub enum Command {
     MeasureHttps(RegionId),
     /// Look this host up and call [`Engine::resolved`](super::Engine::resolved).
     Resolve(String),
+    /// Our own peer relay: allocate for these two clients, and call
+    /// [`Engine::allocated`](super::Engine::allocated) with the answer if there is one.
+    Allocate {
+        /// Who asks, and is allowed to.
+        from: NodePublic,
+        /// The two clients.
+        clients: [DiscoPublic; 2],
+        /// Goes into the answer.
+        generation: u32,
+    },
     /// Data plane: give up the packets that wait for a session with this peer.
     GiveUp(NodePublic),
 }

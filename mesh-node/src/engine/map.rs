@@ -8,8 +8,11 @@ use ipnet::IpNet;
 use mesh_control::netmap::Netmap;
 use mesh_control::wire::{FilterRule, Node};
 use mesh_derp::map::{DerpMap, RegionId};
+use mesh_nat::agent::Relays;
 use mesh_noise::key::{DiscoPublic, NodePublic};
 use mesh_tun::masquerade::Masquerade;
+
+use super::grants;
 
 /// A peer as the engine sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +75,8 @@ pub struct MapView {
     pub derp: Arc<DerpMap>,
     /// What may come in; none until control has said so, and then nothing may.
     pub filter: Option<Vec<FilterRule>>,
+    /// Who may relay for whom.
+    pub relays: Relays,
 }
 
 impl MapView {
@@ -81,7 +86,13 @@ impl MapView {
         let addresses = netmap.node().map(|node| node.addresses.clone()).unwrap_or_default();
         let views = netmap.peers().values().filter_map(|node| PeerView::of(node, &addresses));
         let peers = views.map(|view| (view.node, view)).collect();
-        Self { addresses, peers, derp: Arc::clone(netmap.derp_map()), filter: netmap.filter() }
+        Self {
+            addresses,
+            peers,
+            derp: Arc::clone(netmap.derp_map()),
+            filter: netmap.filter(),
+            relays: grants::relays(netmap),
+        }
     }
 
     /// Our own addresses without their prefix lengths.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use mesh_nat::relay::geneve::{self, Content};
 use mesh_nat::report::Scope;
 use mesh_nat::{Path, agent, report};
 use mesh_noise::key::NodePublic;
@@ -67,6 +68,9 @@ impl Engine {
                 agent::Event::LimitChanged { peer, limit } => {
                     let limit = limit.map(|datagram| datagram.saturating_sub(SEALED));
                     self.commands.push_back(Command::SetLimit(peer, limit));
+                }
+                agent::Event::AllocationAsked { from, clients, generation } => {
+                    self.commands.push_back(Command::Allocate { from, clients, generation });
                 }
                 agent::Event::PeerMapped { .. } => {}
                 _ => {}
@@ -152,9 +156,21 @@ impl Engine {
     }
 
     fn transmit(&mut self, now: Instant, path: Path, node: Option<NodePublic>, datagram: Vec<u8>) {
-        if let Path::Relay { region } = path {
-            self.relays.note_use(now, region);
-        }
+        let (path, datagram) = match path {
+            Path::Relay { region } => {
+                self.relays.note_use(now, region);
+                (path, datagram)
+            }
+            Path::Direct { .. } => (path, datagram),
+            // WireGuard's handshakes; path discovery puts its own header on.
+            Path::PeerRelay { server, vni } => match self.agent.way_to(server) {
+                Some(way) => (way, geneve::encapsulate(vni, Content::WireGuard, &datagram)),
+                None => {
+                    self.unroutable += 1;
+                    return;
+                }
+            },
+        };
         self.transmits.push_back(Transmit { path, node, datagram });
     }
 }

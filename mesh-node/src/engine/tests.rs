@@ -135,6 +135,7 @@ impl World {
                 peers: BTreeMap::from([(other.node, other)]),
                 derp: Arc::clone(&derp),
                 filter: Some(Vec::new()),
+                ..MapView::default()
             };
             self.hosts[index].engine.set_map(self.now, Arc::new(view));
             self.drain(index);
@@ -219,6 +220,7 @@ impl World {
                 | Command::Relays(_)
                 | Command::Regions(_)
                 | Command::Resolve(_)
+                | Command::Allocate { .. }
                 | Command::GiveUp(_) => {}
                 Command::MeasureHttps(region) => {
                     let now = self.now;

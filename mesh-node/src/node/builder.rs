@@ -24,6 +24,7 @@ use crate::driver::{Clock, Driver, Fixed, HostNetwork, Plane, RelaySender, Share
 use crate::error::Error;
 use crate::forward::{self, Forwarder};
 use crate::netstack::{self, Netstack, SERVICE_V4, SERVICE_V6};
+use crate::peer_relay::PeerRelay;
 use crate::prefs::PathMode;
 use crate::proxy::{self, Dialer};
 use crate::state::StateDir;
@@ -61,6 +62,8 @@ pub struct Builder {
     http_proxy: Option<SocketAddr>,
     path_mode: Option<PathMode>,
     refuse_inbound: bool,
+    relay_server_port: Option<u16>,
+    relay_server_endpoints: Vec<SocketAddr>,
     timing: Option<Timing>,
 }
 
@@ -183,6 +186,23 @@ impl Builder {
         self
     }
 
+    /// Relays UDP for other nodes that cannot reach each other, on this port of both families; 0 takes any. The
+    /// coordinator says who may use it. Only of use where the port can be reached. Default: what was stored last, at first
+    /// no.
+    #[must_use]
+    pub fn relay_server_port(mut self, port: u16) -> Self {
+        self.relay_server_port = Some(port);
+        self
+    }
+
+    /// Adds an address at which the relay of [`relay_server_port`](Self::relay_server_port) is reached, beside its port at
+    /// the addresses that the node finds out itself.
+    #[must_use]
+    pub fn relay_server_endpoint(mut self, endpoint: SocketAddr) -> Self {
+        self.relay_server_endpoints.push(endpoint);
+        self
+    }
+
     /// Replaces WireGuard's timers, for tests.
     #[must_use]
     pub fn timing(mut self, timing: Timing) -> Self {
@@ -207,6 +227,9 @@ impl Builder {
         if let Some(mode) = self.path_mode {
             prefs.path_mode = mode;
         }
+        if let Some(port) = self.relay_server_port {
+            prefs.relay_server_port = Some(port);
+        }
         let machine = state.machine_key(&mut SystemRng)?;
         // Damage is told now, not when somebody runs `mesh up`.
         state.node_key()?;
@@ -221,6 +244,14 @@ impl Builder {
         self.check_proxies()?;
         let names = Names::default();
         let Opened { device, netstack, tun, name } = self.open_device(&names)?;
+        let peer_relay = match prefs.relay_server_port {
+            Some(port) => {
+                let relay = PeerRelay::start(Sockets::bind(port)?.into_all(), Arc::new(move || clock.now()));
+                let error = |source| Error::System { what: "cannot start the peer relay's threads", source };
+                Some(Arc::new(relay.map_err(error)?))
+            }
+            None => None,
+        };
         let (relay_sender, stop) = (RelaySender::default(), CancellationToken::new());
         let (plane, notices) = Plane::start(device, &sockets, relay_sender.clone(), clock)?;
         let shared = Arc::new(Shared {
@@ -233,6 +264,7 @@ impl Builder {
             machine,
             relay_tls,
             static_endpoints: self.static_endpoints.clone(),
+            peer_relay_addresses: self.relay_server_endpoints.clone(),
             loopback_endpoints: self.loopback_endpoints,
             timing: self.timing.unwrap_or_default(),
             device: name,
@@ -250,6 +282,7 @@ impl Builder {
             plane,
             host,
             relay_sender,
+            peer_relay,
             session: None,
         };
         let (requests, wanted) = mpsc::channel(REQUEST_QUEUE);

@@ -51,7 +51,7 @@ impl Job for Outbound {
 
     fn release(&mut self, shared: &Shared) {
         let sockets = shared.sockets.load();
-        let mut dispatch = Dispatch::new(shared, self.queue, &self.batch, &sockets, &mut self.outgoing);
+        let mut dispatch = Dispatch::new(shared, self.queue, &mut self.batch, &sockets, &mut self.outgoing);
         let now_ms = shared.now_ms();
         // Keys are not kept for longer than they are of use.
         for run in self.runs.drain(..) {
