@@ -2,7 +2,7 @@
 //! hosts behind it reach each other by their outside addresses.
 //!
 //! ```text
-//!  located ──► WantSockets ──► each asks two servers, one after the other ──► crossing ──► concluded
+//!  located ──► WantSockets ──► all ask one server, then another ──────────────► crossing ──► concluded
 //!                 │ 50 ms without sockets                                        │
 //!                 └──────────────────────────────────────────────────────────────┴──► at the latest 1.4 s after the start
 //! ```
@@ -135,10 +135,14 @@ impl Probing {
         self.until = now + self.wait(run);
         let mut transmits = Vec::new();
         let last = self.extra.last().map(|(socket, _)| *socket);
-        for (socket, own) in self.extra.clone() {
-            // The last one must not have sent to a server's other port: it finds out whether that one is let in.
-            let count = if Some(socket) == last { 1 } else { self.servers.len() };
-            for server in self.servers.clone().into_iter().take(count) {
+        // One server after the other: a NAT that keeps ports while they are free gives the next one to a socket's second
+        // mapping, and a host whose sockets have ports in order would find it taken.
+        for (index, server) in self.servers.iter().copied().enumerate() {
+            for (socket, own) in self.extra.iter().copied() {
+                // The last one must not have sent to a server's other port: it finds out whether that one is let in.
+                if index > 0 && Some(socket) == last {
+                    continue;
+                }
                 let tx = draw();
                 run.count(socket, server);
                 run.sent.insert(tx, Sent { region: None, socket, own, server, at: now });
