@@ -5,9 +5,12 @@
 //!   relay (or none) ──────────────────────────────────────► probing: ping every candidate,
 //!        ▲                                                   call-me-maybe through the peer's relay
 //!        │ no pong for 6.5 s, or                                        │ pong
-//!        │ a heartbeat and its repetitions unanswered                   ▼
-//!        └──────────────────────────────────────────────────────── direct: heartbeat every 3 s while there is
-//!                                                                  traffic, trusted 6.5 s after each pong
+//!        │ four pings unanswered                                        ▼
+//!        │                                                 direct: heartbeat every 3 s while there is
+//!        │                                                         traffic, trusted 6.5 s after each pong
+//!        │                                      ping unanswered │        ▲
+//!        │                                                      ▼        │ pong
+//!        └──────────────────────────────────────────────── in doubt: the relay carries a copy of everything
 //! ```
 //!
 //! Both ends do the same; nobody is in control. Data goes by relay until a pong has proven an address, so searching
@@ -119,8 +122,10 @@ pub struct Agent {
     endpoints: Vec<SocketAddr>,
     endpoints_at: Option<Instant>,
     endpoints_asked: Option<Instant>,
-    peers: BTreeMap<NodePublic, Peer>,
-    by_disco: BTreeMap<DiscoPublic, BTreeSet<NodePublic>>,
+    /// In boxes: a tree is half empty, and what is known of a peer is long.
+    peers: BTreeMap<NodePublic, Box<Peer>>,
+    /// Who has a disco key, in key order: one, but for shared nodes.
+    by_disco: BTreeMap<DiscoPublic, Vec<NodePublic>>,
     /// Whose an address is.
     owners: BTreeMap<Target, NodePublic>,
     probes: BTreeMap<TxId, Probe>,
@@ -213,9 +218,12 @@ impl Agent {
             self.unindex(&node, &old);
         }
         if !config.disco.is_zero() {
-            self.by_disco.entry(config.disco).or_default().insert(node);
+            let holders = self.by_disco.entry(config.disco).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(at) = holders.binary_search(&node) {
+                holders.insert(at, node);
+            }
         }
-        let peer = self.peers.entry(node).or_insert_with(|| Peer::new(now, config.disco));
+        let peer = self.peers.entry(node).or_insert_with(|| Box::new(Peer::new(now, config.disco)));
         if peer.disco != config.disco {
             peer.disco = config.disco;
             peer.shared = None;
@@ -379,7 +387,7 @@ impl Agent {
 
     fn unindex(&mut self, node: &NodePublic, disco: &DiscoPublic) {
         if let Some(nodes) = self.by_disco.get_mut(disco) {
-            nodes.remove(node);
+            nodes.retain(|other| other != node);
             if nodes.is_empty() {
                 self.by_disco.remove(disco);
             }

@@ -43,7 +43,7 @@ impl Agent {
     pub(super) fn handle_disco(&mut self, source: Source, datagram: &[u8]) -> Result<(), Reject> {
         let sender = seal::sender(datagram).ok_or(Reject::NotDisco)?;
         let holders = self.by_disco.get(&sender).ok_or(Reject::UnknownSender)?;
-        let holders: Vec<NodePublic> = holders.iter().copied().collect();
+        let holders = holders.to_vec();
         match source.path {
             Path::Direct { .. } if self.mode == Mode::Relay => return Err(Reject::Disabled),
             Path::Direct { .. } | Path::PeerRelay { .. } | Path::Relay { .. } => {}

@@ -101,6 +101,7 @@ impl Agent {
             self.reselect(node);
             self.doubt(node);
         }
+        self.pace.clear();
         for node in self.affected_peers() {
             self.search(node, Urgency::Event);
         }

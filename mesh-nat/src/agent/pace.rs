@@ -48,6 +48,12 @@ impl Pace {
         Some(node)
     }
 
+    /// Nobody waits any more: everything is about to be ordered anew.
+    pub(super) fn clear(&mut self) {
+        self.waiting.clear();
+        self.known.clear();
+    }
+
     fn is_idle(&self) -> bool {
         self.waiting.is_empty()
     }
@@ -73,5 +79,65 @@ impl Agent {
         if !self.pace.is_idle() {
             self.timers.set(Timer::Pace, self.now + TICK);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::PeerConfig;
+    use crate::path::{Family, Path, SocketId};
+    use mesh_noise::key::DiscoPrivate;
+
+    const PEERS: u16 = 1000;
+
+    fn peer(number: u16) -> PeerConfig {
+        let mut key = [1; 32];
+        key[..2].copy_from_slice(&number.to_be_bytes());
+        let [high, low] = number.to_be_bytes();
+        let endpoints = vec![([198, 51, high, low], 41641).into()];
+        let disco = DiscoPrivate::from_bytes(key).public();
+        PeerConfig { node: NodePublic::from_bytes(key), disco, endpoints, ..PeerConfig::default() }
+    }
+
+    /// Pings sent by now.
+    fn pinged(agent: &mut Agent) -> Vec<NodePublic> {
+        let direct = |transmit: &crate::agent::Transmit| matches!(transmit.path, Path::Direct { .. });
+        std::iter::from_fn(|| agent.poll_transmit()).filter(direct).map(|transmit| transmit.peer).collect()
+    }
+
+    #[test]
+    fn a_thousand_peers_are_searched_for_in_turn_the_latest_traffic_first() {
+        #[expect(clippy::disallowed_methods, reason = "tests start from any instant")]
+        let mut now = Instant::now();
+        let mut agent = Agent::new(now, DiscoPrivate::from_bytes([9; 32]), NodePublic::from_bytes([9; 32]), [9; 32]);
+        agent.set_sockets(vec![(SocketId(0), Family::V4)]);
+        for number in 0..PEERS {
+            agent.set_peer(now, peer(number));
+        }
+        for number in 0..PEERS {
+            agent.traffic(now, &peer(number).node);
+            now += Duration::from_millis(10);
+            agent.handle_timeout(now);
+        }
+        while agent.poll_transmit().is_some() {}
+
+        // The network changes.
+        agent.rebind(now);
+        let mut order = pinged(&mut agent);
+        assert!(order.len() <= 64, "{} in one burst", order.len());
+        for _ in 0..200 {
+            now += Duration::from_millis(16);
+            agent.handle_timeout(now);
+            let next = pinged(&mut agent);
+            // Those of the burst are repeated, 250 and 750 ms later.
+            assert!(next.len() <= 64 + 3 * 9, "{}", next.len());
+            order.extend(next);
+        }
+        let mut seen = BTreeSet::new();
+        let first: Vec<_> = order.into_iter().filter(|node| seen.insert(*node)).collect();
+        assert_eq!(first.len(), usize::from(PEERS), "everybody within three seconds");
+        let expected: Vec<_> = (0..PEERS).rev().map(|number| peer(number).node).collect();
+        assert!(first == expected, "the latest traffic first");
     }
 }

@@ -46,7 +46,7 @@ impl Agent {
         self.tick(now);
         if to == self.node {
             self.relay.allocated(now, response);
-        } else if let Some(region) = self.peers.get(&to).and_then(super::peer::Peer::region) {
+        } else if let Some(region) = self.peers.get(&to).and_then(|peer| peer.region()) {
             self.send(to, Path::Relay { region }, &Message::AllocateResponse(response));
         }
     }
@@ -64,7 +64,7 @@ impl Agent {
         while let Some(output) = self.relay.poll_output() {
             match output {
                 Output::Signal { to, message } => {
-                    if let Some(region) = self.peers.get(&to).and_then(super::peer::Peer::region) {
+                    if let Some(region) = self.peers.get(&to).and_then(|peer| peer.region()) {
                         self.send(to, Path::Relay { region }, &message);
                     }
                 }

@@ -1,6 +1,5 @@
 //! Addresses worth trying for one peer, where we know them from, and what trying them has shown. Bounded.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -66,33 +65,38 @@ impl Candidate {
     }
 }
 
-/// One peer's candidates, in address order.
+/// One peer's candidates, in address order. Most peers have three or four, and a node may have thousands of peers: a list
+/// takes a third of what a tree would.
 #[derive(Debug, Default)]
-pub(crate) struct Candidates(BTreeMap<Target, Candidate>);
+pub(crate) struct Candidates(Vec<(Target, Candidate)>);
 
 impl Candidates {
+    fn find(&self, target: &Target) -> Result<usize, usize> {
+        self.0.binary_search_by_key(target, |(target, _)| *target)
+    }
+
     pub(crate) fn get(&self, target: &Target) -> Option<&Candidate> {
-        self.0.get(target)
+        self.find(target).ok().map(|at| &self.0[at].1)
     }
 
     pub(crate) fn get_mut(&mut self, target: &Target) -> Option<&mut Candidate> {
-        self.0.get_mut(target)
+        self.find(target).ok().map(|at| &mut self.0[at].1)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&Target, &Candidate)> {
-        self.0.iter()
+        self.0.iter().map(|(target, candidate)| (target, candidate))
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (&Target, &mut Candidate)> {
-        self.0.iter_mut()
+        self.0.iter_mut().map(|(target, candidate)| (&*target, candidate))
     }
 
     pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut Candidate> {
-        self.0.values_mut()
+        self.0.iter_mut().map(|(_, candidate)| candidate)
     }
 
     pub(crate) fn targets(&self) -> Vec<Target> {
-        self.0.keys().copied().collect()
+        self.0.iter().map(|(target, _)| *target).collect()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -107,26 +111,31 @@ impl Candidates {
     pub(crate) fn admit(&mut self, now: Instant, target: Target) -> Option<&mut Candidate> {
         /// Longer than any path is trusted: what was proven within it may be in use.
         const IN_USE: Duration = Duration::from_secs(10);
-        if !self.0.contains_key(&target) && self.0.len() >= MAX_CANDIDATES {
+        if self.find(&target).is_err() && self.0.len() >= MAX_CANDIDATES {
             let victim = self
                 .0
                 .iter()
-                .filter(|(_, held)| !held.listed && !held.called && !held.proven_within(now, IN_USE))
-                .min_by_key(|(_, held)| held.seen)
-                .map(|(target, _)| *target)?;
-            self.0.remove(&victim);
+                .enumerate()
+                .filter(|(_, (_, held))| !held.listed && !held.called && !held.proven_within(now, IN_USE))
+                .min_by_key(|(_, (_, held))| held.seen)
+                .map(|(at, _)| at)?;
+            self.0.remove(victim);
         }
-        Some(self.0.entry(target).or_default())
+        let at = self.find(&target).unwrap_or_else(|at| {
+            self.0.insert(at, (target, Candidate::default()));
+            at
+        });
+        self.0.get_mut(at).map(|(_, candidate)| candidate)
     }
 
     /// Drops what nobody lists and nothing has come from for `life`.
     pub(crate) fn prune(&mut self, now: Instant, life: Duration) {
-        self.0.retain(|_, candidate| candidate.is_wanted(now, life));
+        self.0.retain(|(_, candidate)| candidate.is_wanted(now, life));
     }
 
     /// Drops what `keep` does not want.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&Target) -> bool) {
-        self.0.retain(|target, _| keep(target));
+        self.0.retain(|(target, _)| keep(target));
     }
 }
 
