@@ -91,9 +91,14 @@ pub(crate) struct Node {
 impl Node {
     /// Starts the daemon; it has not joined a network yet.
     pub(crate) fn start(host: &Host) -> Self {
+        Self::start_with(host, &[])
+    }
+
+    /// The same with further options.
+    pub(crate) fn start_with(host: &Host, options: &[&str]) -> Self {
         let mut command = host.command(MESH);
         command.args(["daemon", "--tun", "mesh0", "--state-dir"]).arg(host.dir().join("state"));
-        command.arg("--socket").arg(host.dir().join("mesh.sock")).env("RUST_LOG", LOG);
+        command.arg("--socket").arg(host.dir().join("mesh.sock")).args(options).env("RUST_LOG", LOG);
         let mut daemon = host.spawn("daemon", &mut command);
         daemon.wait_line("ready", Duration::from_secs(10));
         Self { _daemon: daemon, host: host.clone() }

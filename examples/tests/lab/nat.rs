@@ -82,7 +82,7 @@ table ip nat {
 pub(crate) struct Internet {
     // Dropped first to last: processes before the namespaces they live in.
     pub(crate) coordinator: Coordinator,
-    core: Host,
+    pub(crate) core: Host,
     lab: Lab,
 }
 
@@ -97,7 +97,7 @@ impl Internet {
         Self { coordinator, core, lab }
     }
 
-    /// A host at a site of its own. There are two sites, 1 and 2.
+    /// A host at a site of its own. There are three sites, 1 to 3.
     pub(crate) fn site(&mut self, number: u8, access: Access) -> Host {
         let core = self.core.clone();
         let outside = outside(number);
@@ -180,5 +180,9 @@ impl Internet {
 
 /// The network between the core and a site.
 fn outside(number: u8) -> &'static str {
-    if number == 1 { "198.51.100" } else { "192.0.2" }
+    match number {
+        1 => "198.51.100",
+        2 => "192.0.2",
+        _ => "198.18.3",
+    }
 }
