@@ -45,12 +45,13 @@ use std::time::{Duration, Instant};
 
 use mesh_derp::map::RegionId;
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePublic, SharedBox};
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use rand_core::Rng;
 
 use crate::behaviour::Behaviour;
 use crate::disco::message::TxId;
+use crate::hard::Guesser;
 use crate::path::candidate::Target;
 use crate::path::probe::Probe;
 use crate::path::{Family, SocketId};
@@ -58,6 +59,7 @@ use crate::relay::Client;
 use crate::timer::TimerTable;
 
 mod doubt;
+mod guess;
 mod incoming;
 mod length;
 mod network;
@@ -87,6 +89,7 @@ enum Timer {
     UserPing(PingId),
     Endpoints,
     Mtu(NodePublic),
+    Guess,
 }
 
 /// A user's ping under way.
@@ -139,6 +142,7 @@ pub struct Agent {
     relay_clients: BTreeSet<NodePublic>,
     /// For binding at servers.
     server_boxes: BTreeMap<DiscoPublic, SharedBox>,
+    guesser: Guesser,
     transmits: VecDeque<Transmit>,
     events: VecDeque<Event>,
     counters: Counters,
@@ -162,6 +166,7 @@ impl Agent {
         let mut relay_seed = [0; 32];
         rng.fill_bytes(&mut relay_seed);
         Self {
+            guesser: Guesser::new(rng.random()),
             relay: Client::new(now, node, disco_public, relay_seed),
             relay_clients: BTreeSet::new(),
             server_boxes: BTreeMap::new(),
@@ -230,6 +235,7 @@ impl Agent {
         }
         peer.home = config.home;
         peer.behaviour = config.behaviour;
+        peer.ours = config.ours;
         let fresh = peer.set_listed(now, &self.sockets, config.endpoints, &mut self.counters);
         let engaged = peer.engaged(now, &self.timing);
         self.reselect(node);
@@ -260,6 +266,7 @@ impl Agent {
         for timer in [Timer::Heartbeat, Timer::Retry, Timer::Again, Timer::Trust, Timer::Mtu] {
             self.timers.clear(timer(*node));
         }
+        self.guesses_dropped(node);
     }
 
     /// We have sent data to `peer` lately. Call it at least every few seconds while that is so; more often is harmless.
@@ -355,6 +362,7 @@ impl Agent {
                 }
                 Timer::Endpoints => self.endpoints_due(),
                 Timer::Mtu(node) => self.length_due(node),
+                Timer::Guess => self.guesses_due(),
             }
         }
         self.relay.handle_timeout(self.now);
@@ -437,6 +445,7 @@ impl Agent {
             if self.peers.get(&node).is_some_and(|peer| peer.active(now, &self.timing)) {
                 self.relay_traffic(node);
             }
+            self.tell_guesser(&node, path);
         }
         self.tell_backup(node);
         self.tell_limit(node);

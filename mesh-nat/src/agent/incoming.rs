@@ -57,7 +57,7 @@ impl Agent {
             Message::Ping(ping) => self.on_ping(source, &holders, &ping),
             Message::Pong(pong) => self.on_pong(source, &holders, &pong),
             Message::CallMeMaybe(call) => self.on_call(source, &holders, &call),
-            Message::Punch(_) => Err(Reject::Unsupported),
+            Message::Punch(punch) => self.on_punch(source, &holders, punch),
             Message::CallMeMaybeVia(endpoint) => self.on_via(source, &holders, endpoint),
             Message::AllocateRequest(request) => self.on_allocate(source, &holders, sender, &request),
             Message::AllocateResponse(response) => self.on_allocated(source, &holders, response),
@@ -86,6 +86,7 @@ impl Agent {
                 let target = Target { socket, remote };
                 if let Some(node) = who {
                     self.learn(node, target);
+                    self.heard_directly(&node);
                     self.map(node, target);
                 } else {
                     holders.iter().for_each(|node| self.learn(*node, target));
@@ -173,6 +174,9 @@ impl Agent {
         }
         let Path::Direct { socket, remote } = probe.path else { return Ok(()) };
         let target = Target { socket, remote };
+        if probe.guess {
+            self.guess_answered(probe.peer, target);
+        }
         let Some(peer) = self.peers.get_mut(&probe.peer) else { return Ok(()) };
         let Some(candidate) = peer.candidates.get_mut(&target) else { return Ok(()) };
         candidate.proven = Some(now);
@@ -216,6 +220,7 @@ impl Agent {
         if call_back {
             self.send_call(node);
         }
+        self.want_guesses(node);
         Ok(())
     }
 }

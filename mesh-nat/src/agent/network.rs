@@ -50,14 +50,14 @@ impl Agent {
             return;
         }
         self.sockets = sockets;
-        let now = self.now;
+        let (now, guesser, sockets) = (self.now, &self.guesser, &self.sockets);
+        let is_open = |socket| guesser.has_socket(socket) || sockets.iter().any(|(id, _)| *id == socket);
         for peer in self.peers.values_mut() {
-            peer.candidates.retain(|target| self.sockets.iter().any(|(id, _)| *id == target.socket));
+            peer.candidates.retain(|target| is_open(target.socket));
             let listed = std::mem::take(&mut peer.listed);
             peer.set_listed(now, &self.sockets, listed, &mut self.counters);
         }
-        let sockets = &self.sockets;
-        self.owners.retain(|target, _| sockets.iter().any(|(id, _)| *id == target.socket));
+        self.owners.retain(|target, _| is_open(target.socket));
         self.rebind(now);
     }
 
@@ -102,6 +102,7 @@ impl Agent {
             self.doubt(node);
         }
         self.pace.clear();
+        self.guesses_forgotten();
         for node in self.affected_peers() {
             self.search(node, Urgency::Event);
         }

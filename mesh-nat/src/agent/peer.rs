@@ -42,6 +42,8 @@ pub(super) struct Peer {
     pub(super) published_backup: Option<Path>,
     /// What control says of its NATs.
     pub(super) behaviour: Behaviour,
+    /// Whether it understands our own messages.
+    pub(super) ours: bool,
     /// When data was last sent.
     pub(super) sent: Option<Instant>,
     /// When the steady flow of data began that `sent` belongs to.
@@ -81,6 +83,7 @@ impl Peer {
             since: now,
             published_backup: None,
             behaviour: Behaviour::default(),
+            ours: false,
             sent: None,
             flowing: None,
             searched: None,

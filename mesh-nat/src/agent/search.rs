@@ -1,5 +1,6 @@
 //! Sending: searches, pings, call-me-maybes, heartbeats.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mesh_noise::key::NodePublic;
@@ -113,6 +114,7 @@ impl Agent {
                 self.call_again(node);
             }
         }
+        self.want_guesses(node);
     }
 
     /// Pings one address unless the peer has used up its budget.
@@ -178,7 +180,7 @@ impl Agent {
         let mut tx = [0; 12];
         self.rng.fill_bytes(&mut tx);
         let tx = TxId(tx);
-        self.probes.insert(tx, Probe { peer: node, path, sent: now, user, length: None });
+        self.probes.insert(tx, Probe { peer: node, path, sent: now, user, length: None, guess: false });
         self.timers.set(Timer::Probe(tx), now + self.timing.ping_timeout);
         self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding: padding(size) }));
     }
@@ -189,13 +191,21 @@ impl Agent {
         let mut tx = [0; 12];
         self.rng.fill_bytes(&mut tx);
         let tx = TxId(tx);
-        self.probes.insert(tx, Probe { peer: node, path, sent: now, user: None, length: Some(length) });
+        self.probes.insert(tx, Probe { peer: node, path, sent: now, user: None, length: Some(length), guess: false });
         self.timers.set(Timer::Probe(tx), now + self.timing.ping_timeout);
         self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding: padding(length) }));
     }
 
     /// Asks the peer, through its relay, to ping all our addresses.
     pub(super) fn send_call(&mut self, node: NodePublic) {
+        // Another list would take the place of the guesses that the peer is to try.
+        if !self.guesser.is_listing(&node) {
+            self.send_call_with(node, &[]);
+        }
+    }
+
+    /// The same with further addresses that may be ours.
+    pub(super) fn send_call_with(&mut self, node: NodePublic, guesses: &[SocketAddr]) {
         let now = self.now;
         if self.mode == Mode::Relay || self.sockets.is_empty() {
             return;
@@ -212,6 +222,7 @@ impl Agent {
                 endpoints.push(endpoint);
             }
         }
+        endpoints.extend_from_slice(guesses);
         self.send(node, Path::Relay { region }, &Message::CallMeMaybe(CallMeMaybe { endpoints }));
         self.want_endpoints();
     }

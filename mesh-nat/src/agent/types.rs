@@ -9,7 +9,8 @@ use mesh_noise::key::{DiscoPublic, NodePublic};
 use super::Why;
 use crate::behaviour::Behaviour;
 use crate::disco::message::DecodeError;
-use crate::path::{Path, SocketId};
+use crate::hard::Outcome;
+use crate::path::{Family, Path, SocketId};
 
 /// Which paths may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -97,6 +98,8 @@ pub struct PeerConfig {
     pub endpoints: Vec<SocketAddr>,
     /// What its NATs do, as far as it has told.
     pub behaviour: Behaviour,
+    /// Whether it is known to be one of our own kind, which understands the messages of [`hard`](crate::hard).
+    pub ours: bool,
 }
 
 /// Where a datagram came from.
@@ -194,6 +197,26 @@ pub enum Event {
         clients: [DiscoPublic; 2],
         /// Names the request; goes into the answer.
         generation: u32,
+    },
+    /// Open so many UDP sockets more, on any port, and call
+    /// [`Agent::sockets_opened`](super::Agent::sockets_opened). They are for guessing ports.
+    OpenSockets {
+        /// Of this family.
+        family: Family,
+        /// At most 256.
+        count: usize,
+    },
+    /// Close a socket that was asked for by [`Event::OpenSockets`].
+    CloseSocket {
+        /// Which.
+        socket: SocketId,
+    },
+    /// Guessing ports has led to something with this peer, or to nothing.
+    Guessed {
+        /// The peer.
+        peer: NodePublic,
+        /// How it stands.
+        outcome: Outcome,
     },
     /// An address is known to be the peer's: WireGuard messages from it can be attributed.
     PeerMapped {

@@ -50,8 +50,9 @@ fn excludes(one: &Behaviour, other: &Behaviour) -> bool {
 
 impl Agent {
     /// What our own NATs do, as far as it has been found out. It explains paths in [`Why::Nats`].
-    pub const fn set_behaviour(&mut self, ours: Behaviour) {
+    pub fn set_behaviour(&mut self, ours: Behaviour) {
         self.behaviour = ours;
+        self.tell_behaviour();
     }
 
     pub(super) fn why(&self, peer: &Peer) -> Why {

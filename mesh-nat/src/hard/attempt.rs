@@ -88,6 +88,8 @@ pub(super) struct Attempt {
     /// The stage that we have told ours for.
     pub(super) told: Option<u8>,
     pub(super) sockets: Vec<Extra>,
+    /// What guesses are sent from, if not from the ordinary socket.
+    pub(super) from: Option<SocketId>,
     /// How many of them have been used.
     pub(super) used: usize,
     pub(super) survey: Survey,
@@ -122,6 +124,7 @@ impl Attempt {
             ready: None,
             told: None,
             sockets: Vec::new(),
+            from: None,
             used: 0,
             survey: Survey::default(),
             guess: Guess::None,

@@ -174,14 +174,9 @@ impl Guesser {
         self.outside = outside;
     }
 
-    /// STUN servers, nearest first, IPv4. Only one of each address is asked.
+    /// STUN servers, nearest first; those with IPv6 addresses are left out, and all beyond the first eight.
     pub fn set_servers(&mut self, servers: &[SocketAddr]) {
-        self.servers.clear();
-        for server in servers {
-            if server.is_ipv4() && self.servers.len() < 4 && self.servers.iter().all(|held| held.ip() != server.ip()) {
-                self.servers.push(*server);
-            }
-        }
+        self.servers = servers.iter().filter(|server| server.is_ipv4()).take(8).copied().collect();
     }
 
     /// The network below has changed: gives the attempt up and forgets earlier failures. Winners stay until they are unused.
@@ -333,6 +328,12 @@ impl Guesser {
     #[must_use]
     pub fn outcome(&self, peer: &NodePublic) -> Option<Outcome> {
         self.records.get(peer)?.outcome
+    }
+
+    /// Where our ordinary socket is seen, as far as is known.
+    #[must_use]
+    pub const fn outside(&self) -> Option<SocketAddr> {
+        self.outside
     }
 
     /// Whether call-me-maybes to `peer` must wait: the list of guesses is to be pinged, and another one would replace it.

@@ -7,10 +7,12 @@
 //! | one port for all, in order or preserved | a window of 64 around the next port | near certain |
 //! | one port for all, at random | birthday, in [`BIRTHDAY`] stages | 1 − e^(−HN/R) a stage |
 //! | both in order or preserved | both sweep, one twice as fast as the other | near certain |
+//! | in order or preserved per address, at random | as the first two: towards one peer it is one port | as there |
 //! | both at random, or one | both send `F` flows | 1 − e^(−F·F′/(R·R′)) |
 //!
 //! The last is worth it for small `R` only: with two NATs of 512 ports that let 1,024 flows share them it is 98 %, with
-//! two of 64,512 it is one in four thousand.
+//! two of 64,512 it is one in four thousand. Where a filter looks at addresses alone, a probe needs to hit a port only,
+//! and the odds are those of the birthday.
 
 use crate::behaviour::{Allocation, Behaviour, Filtering, Mapping, PortRange};
 
@@ -54,6 +56,9 @@ pub(super) const LISTED: [Stage; 5] = [
 pub(super) const SWEEP: usize = 128;
 /// Sweeps in one attempt.
 pub(super) const SWEEPS: u8 = 3;
+
+/// Flows that our ordinary socket is likely to have.
+pub(super) const ORDINARY: u32 = 8;
 
 /// Expected hits below which two hard NATs are left alone.
 const WORTH_TRYING: f64 = 0.2;
@@ -119,6 +124,8 @@ pub(super) struct Side {
     pub(super) width: u32,
     /// Whether its NAT lets in whoever was sent to, from any port.
     pub(super) lenient: bool,
+    /// Whether a socket keeps its port towards an address.
+    pub(super) per_address: bool,
 }
 
 impl Side {
@@ -130,18 +137,24 @@ impl Side {
         let width = if is_predictable(behaviour) { flows } else { width(behaviour) };
         let filter = behaviour.filtering;
         let lenient = matches!(filter, Some(Filtering::EndpointIndependent | Filtering::AddressDependent));
-        Self { flows, width: width.max(1), lenient }
+        Self { flows, width: width.max(1), lenient, per_address }
+    }
+
+    /// Ports that it has open.
+    fn open(&self) -> f64 {
+        if self.per_address { f64::from(self.flows.min(256)) } else { f64::from(self.flows) }
     }
 
     /// How often the two are expected to hit.
     pub(super) fn expected_hits(&self, other: &Self) -> f64 {
         let pairs = f64::from(self.flows) * f64::from(other.flows);
-        let (ours, theirs) = (f64::from(self.width), f64::from(other.width));
-        if self.lenient && other.lenient {
-            // A probe to any open port gets in, and so does its answer.
-            return pairs / ours.max(theirs);
-        }
-        pairs / (ours * theirs)
+        let both = pairs / (f64::from(self.width) * f64::from(other.width));
+        // Where a probe to any open port gets in, and so does its answer.
+        let one = |this: &Self, that: &Self| {
+            let hits = f64::from(that.flows) * this.open() / f64::from(this.width);
+            if this.lenient && (that.lenient || this.per_address) { hits } else { 0.0 }
+        };
+        both.max(one(self, other)).max(one(other, self))
     }
 
     /// Whether it makes sense to go on now that both are known as they are.
@@ -153,6 +166,11 @@ impl Side {
     }
 }
 
+/// Whether a socket has one port towards the peer, and it can be told in advance: hard for the world, easy for one peer.
+pub(super) fn is_easy_for_one(behaviour: &Behaviour) -> bool {
+    behaviour.mapping == Some(Mapping::AddressDependent) && is_predictable(behaviour)
+}
+
 /// What to do about NATs that behave like `ours` and `theirs`. An unknown mapping is `None`.
 pub(super) fn plan(ours: &Behaviour, theirs: &Behaviour) -> Option<Result<Plan, Hopeless>> {
     Some(match (ours.is_easy()?, theirs.is_easy()?) {
@@ -160,6 +178,8 @@ pub(super) fn plan(ours: &Behaviour, theirs: &Behaviour) -> Option<Result<Plan, 
         (true, false) => Ok(Plan::Spray),
         (false, true) => Ok(Plan::Open),
         (false, false) if is_predictable(ours) && is_predictable(theirs) => Ok(Plan::Sweep),
+        (false, false) if is_easy_for_one(ours) => Ok(Plan::Spray),
+        (false, false) if is_easy_for_one(theirs) => Ok(Plan::Open),
         (false, false) => {
             let (us, them) = (Side::of(ours), Side::of(theirs));
             if us.expected_hits(&them) < WORTH_TRYING {
@@ -174,8 +194,14 @@ pub(super) fn plan(ours: &Behaviour, theirs: &Behaviour) -> Option<Result<Plan, 
 /// `stage` for a side whose flows come from `width` ports: never more than half of them are opened, and none is tried
 /// twice.
 pub(super) fn fitted(stage: Stage, width: u32) -> Stage {
-    let half = usize::try_from(width / 2).unwrap_or(MAX_SOCKETS).max(1);
+    let half = (width / 2).saturating_sub(ORDINARY + asked(width)).max(1);
+    let half = usize::try_from(half).unwrap_or(MAX_SOCKETS);
     Stage { sockets: stage.sockets.min(half), probes: stage.probes.min(width) }
+}
+
+/// How many questions a NAT with so many ports is asked before any of them is opened.
+pub(super) fn asked(width: u32) -> u32 {
+    (width / 8).min(32)
 }
 
 #[cfg(test)]
@@ -232,6 +258,11 @@ mod tests {
         assert_eq!(plan(&block(512), &block(512)), Some(Ok(Plan::Flood)));
         assert_eq!(plan(&block(512), &in_order), Some(Ok(Plan::Flood)));
         let wide = hard(Some(Allocation::Random), None);
+        let per_address = Behaviour { mapping: Some(Mapping::AddressDependent), ..in_order };
+        assert_eq!(plan(&wide, &per_address), Some(Ok(Plan::Open)));
+        assert_eq!(plan(&per_address, &wide), Some(Ok(Plan::Spray)));
+        let lenient = |side| Behaviour { filtering: Some(Filtering::AddressDependent), ..side };
+        assert_eq!(plan(&lenient(wide), &lenient(block(512))), Some(Ok(Plan::Flood)));
         let too_many = |ours, theirs| Some(Err(Hopeless::TooManyPorts { ours, theirs }));
         assert_eq!(plan(&wide, &wide), too_many(64_512, 64_512));
         assert_eq!(plan(&wide, &block(512)), too_many(64_512, 512));
@@ -240,7 +271,7 @@ mod tests {
 
     #[test]
     fn small_blocks_are_never_opened_by_more_than_half() {
-        assert_eq!(fitted(BIRTHDAY[2], 64), Stage { sockets: 32, probes: 64 });
+        assert_eq!(fitted(BIRTHDAY[2], 64), Stage { sockets: 16, probes: 64 });
         assert_eq!(fitted(BIRTHDAY[2], 64_512), BIRTHDAY[2]);
     }
 }

@@ -17,6 +17,8 @@ pub(crate) struct Probe {
     pub(crate) user: Option<PingId>,
     /// Its length in bytes, if it asks whether that passes.
     pub(crate) length: Option<usize>,
+    /// It went to an address that may be the peer's and may be anybody's.
+    pub(crate) guess: bool,
 }
 
 /// Smoothed round trip and its variation (RFC 6298 §2).

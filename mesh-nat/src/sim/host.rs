@@ -15,7 +15,9 @@ use super::program::{Program, RequestId};
 use super::route::{NetworkId, Owner};
 use super::world::World;
 use crate::agent::{Agent, Event, PeerConfig, Reject, Source};
+use crate::behaviour::{Allocation, Behaviour, Filtering, Mapping, PortRange};
 use crate::classify::{Class, GENEVE_LEN, classify};
+use crate::hard::Extra;
 use crate::path::{Family, Path, SocketId};
 use crate::stun::message::{Response, TransactionId, request};
 
@@ -95,6 +97,10 @@ pub(super) struct Node {
     stun_until: Option<Instant>,
     /// What it relays for others.
     pub(super) serving: Option<super::peer_relay::Serving>,
+    /// Whether others know it for one of our own kind.
+    ours: bool,
+    /// The most sockets that were open at a time.
+    most_sockets: usize,
 }
 
 pub(super) struct Host {
@@ -195,6 +201,8 @@ impl World {
             asked: BTreeMap::new(),
             stun_until: None,
             serving: None,
+            ours: true,
+            most_sockets: 0,
         });
         self.by_key.insert(key, host);
         self.learn_endpoints(host);
@@ -210,6 +218,7 @@ impl World {
                 disco: self.disco(other).public(),
                 home: Some(self.node(other).home),
                 endpoints,
+                ours: self.node(other).ours,
                 ..PeerConfig::default()
             };
             self.with(this, |agent, now| agent.set_peer(now, config));
@@ -235,6 +244,19 @@ impl World {
             }
         });
         list
+    }
+
+    /// Makes the node one of another kind in the eyes of others, and of itself: it understands the protocol's own messages
+    /// and opens no further sockets. To be called before it is introduced.
+    pub fn make_stock(&mut self, host: HostId) {
+        self.node_mut(host).ours = false;
+        self.with(host, |agent, now| agent.set_guessing(now, false));
+    }
+
+    /// The most sockets that the host has had open at a time, those of its own node included.
+    #[must_use]
+    pub fn most_sockets(&self, host: HostId) -> usize {
+        self.node(host).most_sockets
     }
 
     /// Tells a node further addresses of its own, such as a port mapping's, in place of those told before.
@@ -459,7 +481,7 @@ impl World {
                 self.agent_receives(host, source, &packet.datagram);
                 true
             }
-            Class::Stun if ours => self.stun_answers(host, &packet.datagram),
+            Class::Stun if ours => self.stun_answers(host, socket, &packet.datagram),
             Class::WireGuard => self.stream_arrives(host, source, &packet.datagram),
             Class::RelayedWireGuard { .. } => self.stream_arrives(host, source, &packet.datagram[GENEVE_LEN..]),
             Class::Disco | Class::Stun | Class::RelayedDisco { .. } => false,
@@ -496,7 +518,11 @@ impl World {
         }
     }
 
-    fn stun_answers(&mut self, host: HostId, datagram: &[u8]) -> bool {
+    fn stun_answers(&mut self, host: HostId, socket: SocketId, datagram: &[u8]) -> bool {
+        let now = self.now;
+        if self.agent(host).is_extra(socket) {
+            return self.node_mut(host).agent.handle_stun(now, datagram).is_ok();
+        }
         let Ok(response) = Response::decode(datagram) else { return false };
         let node = self.node_mut(host);
         let Some(socket) = node.asked.remove(&response.tx) else { return false };
@@ -511,6 +537,19 @@ impl World {
     fn tell_endpoints(&mut self, host: HostId) {
         let (endpoints, now) = (self.endpoints(host), self.now);
         self.node_mut(host).agent.set_endpoints(now, endpoints);
+        self.tell_behaviour(host);
+    }
+
+    /// What a measurement of the network would tell about the NATs above.
+    fn tell_behaviour(&mut self, host: HostId) {
+        let above = self.network_of(host).map(|network| self.gateways_above(network)).unwrap_or_default();
+        let behaviour = behaviour(above.iter().map(|gateway| self.gateway_config(*gateway)));
+        let (servers, now) = (self.stun_servers.clone(), self.now);
+        let node = self.node_mut(host);
+        let v4 = node.sockets.iter().find(|(_, family)| *family == Family::V4);
+        let outside = v4.and_then(|(socket, _)| node.reflexive.get(socket)).copied();
+        node.agent.set_behaviour(behaviour);
+        node.agent.set_outside(now, outside, &servers);
     }
 
     /// What the STUN servers would say, without asking: a node that has been running for a while knows.
@@ -565,12 +604,7 @@ impl World {
             let Some(event) = agent.poll_event() else { break };
             let at = self.now.saturating_duration_since(self.start);
             self.node_mut(host).events.push((at, event));
-            if event == Event::NeedEndpoints {
-                self.ask_stun(host);
-            }
-            if let Event::AllocationAsked { from, clients, generation } = event {
-                self.allocate(host, from, clients, generation);
-            }
+            self.carry_out(host, event);
         }
         let place = &mut self.hosts[host.0];
         if let Some(next) = place.next()
@@ -579,6 +613,28 @@ impl World {
             let at = next.max(self.now);
             place.wake_at = Some(at);
             self.schedule(at, Happening::Wake(host));
+        }
+    }
+
+    #[expect(clippy::wildcard_enum_match_arm, reason = "the others are for the engine that an agent has elsewhere")]
+    fn carry_out(&mut self, host: HostId, event: Event) {
+        match event {
+            Event::NeedEndpoints => self.ask_stun(host),
+            Event::OpenSockets { family, count } => {
+                let mut opened = Vec::new();
+                for _ in 0..count {
+                    let id = self.open_socket(host, family, 0);
+                    let port = self.hosts[host.0].sockets.port(id).unwrap_or_default();
+                    opened.push(Extra { id, port });
+                }
+                let (now, open) = (self.now, self.hosts[host.0].sockets.open.len());
+                let node = self.node_mut(host);
+                node.most_sockets = node.most_sockets.max(open);
+                node.agent.sockets_opened(now, opened);
+            }
+            Event::CloseSocket { socket } => self.close_socket(host, socket),
+            Event::AllocationAsked { from, clients, generation } => self.allocate(host, from, clients, generation),
+            _ => {}
         }
     }
 
@@ -627,6 +683,27 @@ impl World {
         let next = self.hosts[host.0].next();
         assert!(next.is_none_or(|next| next > now), "a deadline of host {} stays due after it was handled", host.0);
     }
+}
+
+/// What NATs and firewalls in a row look like from inside.
+fn behaviour<'a>(above: impl Iterator<Item = &'a GatewayConfig>) -> Behaviour {
+    let mut seen = Behaviour {
+        mapping: Some(Mapping::EndpointIndependent),
+        filtering: Some(Filtering::EndpointIndependent),
+        ..Behaviour::default()
+    };
+    for gateway in above {
+        seen.filtering = seen.filtering.max(gateway.nat.map(|nat| nat.filtering).or(gateway.firewall));
+        let Some(nat) = gateway.nat else { continue };
+        // One port towards everyone, whatever the rule is called.
+        let keeps = nat.allocation == Allocation::Preserving && nat.overload;
+        if !keeps {
+            seen.mapping = seen.mapping.max(Some(nat.mapping));
+        }
+        seen.allocation = Some(nat.allocation);
+        seen.ports = (nat.allocation != Allocation::Block && nat.ports != PortRange::ALL).then_some(nat.ports);
+    }
+    seen
 }
 
 impl Host {

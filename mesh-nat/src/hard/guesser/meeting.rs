@@ -4,14 +4,11 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::super::attempt::{Out, Phase, Role};
-use super::super::ladder::{self, Hopeless, MAX_FLOWS, MAX_PROBES, SWEEP, Side};
+use super::super::ladder::{self, Hopeless, MAX_FLOWS, MAX_PROBES, ORDINARY, SWEEP, Side};
 use super::super::message::{Guess, Punch, Why};
 use super::super::ports::Walk;
 use super::{ANSWER, Guesser, PROOF, SURVEY, Timer};
 use crate::behaviour::{Allocation, Behaviour, Mapping};
-
-/// Flows that our ordinary socket is likely to have.
-const ORDINARY: u32 = 8;
 
 impl Guesser {
     pub(super) fn on_ready(&mut self, now: Instant, stage: u8, punch: Punch) {
@@ -53,7 +50,7 @@ impl Guesser {
             Guess::None => Vec::new(),
         };
         for port in ports {
-            attempt.push(Out::Ping(None, SocketAddr::new(target.ip(), port)));
+            attempt.push(Out::Ping(attempt.from, SocketAddr::new(target.ip(), port)));
         }
         self.send(now);
     }
@@ -117,12 +114,10 @@ impl Guesser {
             // Where every flow takes a port of its own, the others of this subscriber need some too.
             let bearable = match (&attempt.guess, self.reuses) {
                 // Certainly not more than it has: what was seen of it, without what is estimated.
-                (Guess::Range(range), Some(false) | None) => {
-                    (attempt.survey.range(0).unwrap_or(*range).len() / 2).saturating_sub(ORDINARY)
-                }
+                (Guess::Range(range), Some(false) | None) => attempt.survey.range(0).unwrap_or(*range).len() / 2,
                 _ => MAX_FLOWS,
             };
-            side.flows = bearable.min(MAX_FLOWS).saturating_sub(attempt.sent);
+            side.flows = bearable.min(MAX_FLOWS).saturating_sub(attempt.sent + ORDINARY);
             if let Guess::Ports(ports) = &attempt.guess {
                 side.flows = side.flows.min(u32::try_from(ports.len()).unwrap_or(1));
             }

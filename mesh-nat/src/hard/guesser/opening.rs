@@ -1,5 +1,6 @@
 //! Opening our ports, and what is known about them then.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::super::attempt::{Attempt, Out, Phase, Role};
@@ -8,7 +9,7 @@ use super::super::message::{Guess, MAX_LISTED, Step, Why};
 use super::super::pace;
 use super::super::ports::following;
 use super::super::survey::{Survey, pairs};
-use super::{Action, Guesser, SURVEY, Timer};
+use super::{ANSWER, Action, Guesser, SURVEY, Timer};
 use crate::behaviour::{Allocation, Mapping, PortRange};
 
 /// For sockets from the driver.
@@ -42,10 +43,25 @@ impl Guesser {
                     let half = usize::try_from(width / 2).unwrap_or(MAX_SOCKETS);
                     half.saturating_sub(SURVEY_FLOWS).clamp(1, MAX_SOCKETS)
                 }
-                _ => SURVEY_FLOWS.div_ceil(self.servers.len().max(1)).clamp(4, 48),
+                _ => SURVEY_FLOWS.div_ceil(self.destinations().len().max(1)).clamp(4, 48),
             },
-            Role::Asking | Role::Sprayer | Role::Caller => 0,
+            Role::Sprayer => usize::from(ladder::is_easy_for_one(&self.ours)),
+            Role::Asking | Role::Caller => 0,
         }
+    }
+
+    /// STUN servers that are different destinations for our NAT.
+    fn destinations(&self) -> Vec<SocketAddr> {
+        const ENOUGH: usize = 4;
+        let mut chosen: Vec<SocketAddr> = Vec::new();
+        for server in &self.servers {
+            let known = |held: &SocketAddr| held.ip() == server.ip();
+            if self.ours.mapping != Some(Mapping::AddressDependent) || !chosen.iter().any(known) {
+                chosen.push(*server);
+            }
+        }
+        chosen.truncate(ENOUGH);
+        chosen
     }
 
     pub(super) fn open(&mut self, now: Instant) {
@@ -67,16 +83,17 @@ impl Guesser {
 
     /// The sockets are there: asks what the NAT gives, where that matters.
     pub(super) fn begin_stage(&mut self, now: Instant) {
+        let (servers, width) = (self.destinations(), ladder::width(&self.ours));
         let Some(attempt) = &mut self.active else { return };
         let ids: Vec<_> =
             attempt.sockets[attempt.used.min(attempt.sockets.len())..].iter().map(|extra| extra.id).collect();
         let flows = match (attempt.role, self.ours.allocation) {
             (_, Some(Allocation::Preserving)) => 0,
-            (Role::Opener | Role::Lister | Role::Sweeper | Role::Flooder, Some(Allocation::Sequential { .. })) => 3,
-            (Role::Opener | Role::Lister, _) if attempt.stage == 0 => ids.len(),
+            (_, Some(Allocation::Sequential { .. })) => 3,
+            (Role::Opener | Role::Lister, _) if attempt.stage == 0 => ids.len().min(ladder::asked(width) as usize),
             (Role::Flooder, _) => match self.reuses {
                 Some(false) => 16,
-                _ => SURVEY_FLOWS.min(usize::try_from(ladder::width(&self.ours) / 4).unwrap_or(SURVEY_FLOWS)),
+                _ => SURVEY_FLOWS.min(usize::try_from(width / 4).unwrap_or(SURVEY_FLOWS)),
             },
             (Role::Asking | Role::Opener | Role::Lister | Role::Sweeper | Role::Sprayer | Role::Caller, _) => 0,
         };
@@ -84,9 +101,9 @@ impl Guesser {
         let questions: Vec<_> =
             if flows <= ids.len() && !matches!(self.ours.allocation, Some(Allocation::Sequential { .. })) {
                 // One each: no port is used twice for nothing.
-                ids.iter().zip(self.servers.iter().cycle()).map(|(id, server)| (*id, *server)).take(flows).collect()
+                ids.iter().zip(servers.iter().cycle()).map(|(id, server)| (*id, *server)).take(flows).collect()
             } else {
-                pairs(&ids, &self.servers, flows).collect()
+                pairs(&ids, &servers, flows).collect()
             };
         if questions.is_empty() {
             return self.surveyed(now);
@@ -95,6 +112,27 @@ impl Guesser {
         attempt.wait(Phase::Survey, now + pace::span(attempt.queue.len()) + SURVEY);
         self.timers.set(Timer::Phase, attempt.deadline);
         self.set_burst(now);
+    }
+
+    /// Towards the peer, our NAT gives a socket one port, which we know: takes it, and tells.
+    fn take_port(&mut self, now: Instant) {
+        let Some(attempt) = &mut self.active else { return };
+        let (Some(target), Some(outside), Some(extra)) =
+            (attempt.target, self.outside, attempt.sockets.first().copied())
+        else {
+            return self.fail(now, true);
+        };
+        let Guess::Ports(ports) = &attempt.guess else { return self.fail(now, true) };
+        let Some(port) = ports.first().copied() else { return self.fail(now, true) };
+        attempt.used = attempt.sockets.len();
+        attempt.from = Some(extra.id);
+        attempt.sent += 1;
+        self.actions.push_back(Action::Ping(attempt.peer, attempt.from, target));
+        let (peer, id) = (attempt.peer, attempt.id);
+        let mut punch = self.punch(id, Step::Accept, Guess::None);
+        punch.outside = Some(SocketAddr::new(outside.ip(), port));
+        self.actions.push_back(Action::Tell(peer, punch));
+        self.expect(now, ANSWER + SURVEY);
     }
 
     /// What the NAT gives is known as well as it will be.
@@ -156,7 +194,8 @@ impl Guesser {
                 self.tell(Step::Ready { stage }, guess);
                 self.meet(now);
             }
-            Role::Asking | Role::Sprayer | Role::Caller => {}
+            Role::Sprayer => self.take_port(now),
+            Role::Asking | Role::Caller => {}
         }
     }
 }

@@ -116,9 +116,16 @@ impl Guesser {
     }
 
     pub(super) fn on_accept(&mut self, now: Instant, punch: &Punch) {
-        let Some(attempt) = self.active.as_mut().filter(|attempt| attempt.role == Role::Asking) else { return };
+        let Some(attempt) = &mut self.active else { return };
         attempt.theirs = punch.behaviour;
         attempt.target = punch.outside;
+        if attempt.role == Role::Opener && attempt.phase == Phase::Peer && attempt.sockets.is_empty() {
+            // Now the peer's port is a known one.
+            return self.open(now);
+        }
+        if attempt.role != Role::Asking {
+            return;
+        }
         match ladder::plan(&self.ours, &punch.behaviour) {
             Some(Ok(plan)) if plan != Plan::Nothing => self.go(now, plan),
             Some(Ok(_)) | None => self.end(Some(Why::Refused)),
@@ -138,7 +145,17 @@ impl Guesser {
             Plan::Flood => Role::Flooder,
             Plan::Spray | Plan::Nothing => Role::Sprayer,
         };
-        if attempt.role == Role::Sprayer { self.expect(now, ANSWER) } else { self.open(now) }
+        match attempt.role {
+            Role::Sprayer if self.ours.is_easy() == Some(true) => self.expect(now, ANSWER),
+            Role::Opener if attempt.theirs.is_easy() != Some(true) => self.expect(now, ANSWER),
+            Role::Asking
+            | Role::Opener
+            | Role::Sprayer
+            | Role::Sweeper
+            | Role::Flooder
+            | Role::Lister
+            | Role::Caller => self.open(now),
+        }
     }
 
     /// Waits for the peer.
