@@ -197,6 +197,14 @@ impl Attempt {
         }
     }
 
+    /// Sends to each port once, from all sockets in turn: the peer lets in whoever it has sent to, from any port.
+    pub(super) fn scatter(&mut self, ip: IpAddr, ports: &[u16], flows: usize) {
+        let sockets = self.ids();
+        for (port, socket) in ports.iter().zip(sockets.iter().cycle()).take(flows) {
+            self.push(Out::Ping(Some(*socket), SocketAddr::new(ip, *port)));
+        }
+    }
+
     /// Sends from every socket to as many ports as the flows suffice for.
     pub(super) fn flood(&mut self, ip: IpAddr, ports: &[u16], flows: usize, per_address: bool) {
         let sockets = self.ids();

@@ -147,14 +147,19 @@ impl Side {
 
     /// How often the two are expected to hit.
     pub(super) fn expected_hits(&self, other: &Self) -> f64 {
+        self.expected_pairs(other).max(self.any_port_of(other)).max(other.any_port_of(self))
+    }
+
+    /// How often a flow of the one is expected to go where one of the other comes from, and the other way round.
+    pub(super) fn expected_pairs(&self, other: &Self) -> f64 {
         let pairs = f64::from(self.flows) * f64::from(other.flows);
-        let both = pairs / (f64::from(self.width) * f64::from(other.width));
-        // Where a probe to any open port gets in, and so does its answer.
-        let one = |this: &Self, that: &Self| {
-            let hits = f64::from(that.flows) * this.open() / f64::from(this.width);
-            if this.lenient && (that.lenient || this.per_address) { hits } else { 0.0 }
-        };
-        both.max(one(self, other)).max(one(other, self))
+        pairs / (f64::from(self.width) * f64::from(other.width))
+    }
+
+    /// How often our probes are expected to hit any port that the other has open, where that gets in, and its answer too.
+    pub(super) fn any_port_of(&self, other: &Self) -> f64 {
+        let hits = f64::from(self.flows) * other.open() / f64::from(other.width);
+        if other.lenient && (self.lenient || other.per_address) { hits } else { 0.0 }
     }
 
     /// Whether it makes sense to go on now that both are known as they are.

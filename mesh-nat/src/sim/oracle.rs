@@ -8,6 +8,9 @@
 //! - Both map per destination, but one of them filters loosely or keeps one port towards an address: the same sum.
 //! - Both map per destination and port and filter likewise: each of `F` flows meets each of the other side's with
 //!   `1 / (R·R')`. Of a side whose next ports are known, only the other side's range counts.
+//!
+//! Where both sides map per destination, an attempt is held to 1,024 flows a side, so that some fail; the oracle's time
+//! has room for as many attempts, with the waits between them, as leave one pair in a thousand.
 
 use std::time::Duration;
 
@@ -67,6 +70,13 @@ const WIDE: u32 = 512;
 const FLOWS: f64 = 1024.0;
 /// Meetings that must be expected for a pair not to be excused: all but one in seven attempts succeed.
 const ENOUGH: f64 = 2.0;
+/// Sockets that one side may open to one peer.
+const SOCKETS: f64 = 256.0;
+/// What one attempt may take, and the wait before the second one; it doubles each time.
+const ATTEMPT: Duration = Duration::from_secs(30);
+const BACK_OFF: Duration = Duration::from_secs(60);
+/// Attempts are granted until all but this share of pairs has met.
+const LEFT: f64 = 0.001;
 
 /// Can `a` and `b` ever be direct? Looks at where they are now and at the NATs above them.
 #[must_use]
@@ -189,14 +199,27 @@ fn judge(a: &Side, b: &Side, relay: Duration) -> Verdict {
     if foreseen(a) && foreseen(b) {
         return verdict(Method::Predict, relay);
     }
-    if a.is_hit_by(b) || b.is_hit_by(a) {
-        return verdict(Method::Birthday, relay);
-    }
+    let open = |side: &Side| side.spread.map_or(1.0, |ports| side.flows.min(SOCKETS) / f64::from(ports));
+    let one = |side: &Side, other: &Side| if side.is_hit_by(other) { open(side) * other.flows } else { 0.0 };
     let share = |side: &Side| side.spread.map_or(1.0, |ports| side.flows / f64::from(ports));
-    if share(a) * share(b) >= ENOUGH {
-        return verdict(Method::BothGuess, relay);
+    let (one, both) = (one(a, b).max(one(b, a)), share(a) * share(b));
+    if one.max(both) < ENOUGH {
+        return Verdict::Excused(Excuse::MorePortsThanFlows);
     }
-    Verdict::Excused(Excuse::MorePortsThanFlows)
+    let how = if one >= both { Method::Birthday } else { Method::BothGuess };
+    Verdict::Direct { how, round_trips: 2.5, within: attempts(one.max(both)) }
+}
+
+/// How long it takes until nearly all pairs have met, where so many meetings are expected of each attempt.
+fn attempts(expected: f64) -> Duration {
+    let missed = (-expected).exp();
+    let (mut left, mut took, mut wait) = (missed, ATTEMPT, BACK_OFF);
+    while left > LEFT {
+        left *= missed;
+        took += wait + ATTEMPT;
+        wait *= 2;
+    }
+    took
 }
 
 fn verdict(how: Method, relay: Duration) -> Verdict {
@@ -207,8 +230,7 @@ fn verdict(how: Method, relay: Duration) -> Verdict {
         // Ask where the counter stands, tell the other side, send a window of guesses.
         Method::Predict => (3.5, Duration::from_secs(5)),
         // All of 2,048 guesses at 100 a second, which fail once in 3,000 times over 64,512 ports.
-        Method::Birthday => (2.5, Duration::from_secs(24)),
-        Method::BothGuess => (2.5, Duration::from_secs(30)),
+        Method::Birthday | Method::BothGuess => (2.5, Duration::from_secs(24)),
     };
     Verdict::Direct { how, round_trips, within }
 }
@@ -263,6 +285,13 @@ mod tests {
         assert_eq!(pair(NatConfig::hard(), NatConfig::hard()), Verdict::Excused(Excuse::RandomOnBothSides));
         assert_eq!(pair(NatConfig::hard(), sequential), Verdict::Excused(Excuse::MorePortsThanFlows));
         assert_eq!(pair(block(false), block(false)), Verdict::Excused(Excuse::MorePortsThanFlows));
+    }
+
+    #[test]
+    fn the_less_an_attempt_promises_the_more_are_granted() {
+        assert_eq!(attempts(8.0), ATTEMPT);
+        assert_eq!(attempts(4.0), ATTEMPT * 2 + BACK_OFF);
+        assert_eq!(attempts(2.0), ATTEMPT * 4 + BACK_OFF * 7);
     }
 
     #[test]

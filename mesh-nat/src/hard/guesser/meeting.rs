@@ -84,6 +84,7 @@ impl Guesser {
                 Guess::None => 0,
             },
         );
+        let bearable = self.bearable();
         let Some(attempt) = &mut self.active else { return };
         let them = Side { width: theirs_width.max(1), ..Side::of(&attempt.theirs) };
         if let Err(hopeless) = ours.is_worth_going_on(&them) {
@@ -95,7 +96,12 @@ impl Guesser {
             Guess::None => Vec::new(),
         };
         let per_address = self.ours.mapping == Some(Mapping::AddressDependent);
-        attempt.flood(target.ip(), &ports, ours.flows as usize, per_address);
+        if ours.any_port_of(&them) > ours.expected_pairs(&them) {
+            let most = if per_address { MAX_PROBES } else { ours.flows.max(bearable.saturating_sub(attempt.sent)) };
+            attempt.scatter(target.ip(), &ports, most as usize);
+        } else {
+            attempt.flood(target.ip(), &ports, ours.flows as usize, per_address);
+        }
         self.send(now);
     }
 
@@ -111,18 +117,24 @@ impl Guesser {
         if self.ours.mapping == Some(Mapping::AddressDependent) {
             side.flows = MAX_PROBES - attempt.sent;
         } else {
-            // Where every flow takes a port of its own, the others of this subscriber need some too.
-            let bearable = match (&attempt.guess, self.reuses) {
-                // Certainly not more than it has: what was seen of it, without what is estimated.
-                (Guess::Range(range), Some(false) | None) => attempt.survey.range(0).unwrap_or(*range).len() / 2,
-                _ => MAX_FLOWS,
-            };
-            side.flows = bearable.min(MAX_FLOWS).saturating_sub(attempt.sent + ORDINARY);
+            side.flows = self.bearable().saturating_sub(attempt.sent);
             if let Guess::Ports(ports) = &attempt.guess {
                 side.flows = side.flows.min(u32::try_from(ports.len()).unwrap_or(1));
             }
         }
         side
+    }
+
+    /// How many flows our NAT may remember for an attempt.
+    fn bearable(&self) -> u32 {
+        let Some(attempt) = &self.active else { return 0 };
+        // Where every flow takes a port of its own, the others of this subscriber need some too.
+        let most = match (&attempt.guess, self.reuses) {
+            // Certainly not more than it has: what was seen of it, without what is estimated.
+            (Guess::Range(range), Some(false) | None) => attempt.survey.range(0).unwrap_or(*range).len() / 2,
+            _ => MAX_FLOWS,
+        };
+        most.min(MAX_FLOWS).saturating_sub(ORDINARY)
     }
 
     pub(super) fn on_more(&mut self, now: Instant, stage: u8) {
