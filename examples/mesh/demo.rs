@@ -107,6 +107,7 @@ async fn start_node(operator: &Operator, url: &str, name: &str, dir: &Path) -> a
         .hostname(name)
         .state_dir(dir.join(name))
         .loopback_endpoints(true)
+        .port_mapping(false)
         .path_mode(PathMode::Relay)
         .start()
         .await?;

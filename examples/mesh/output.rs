@@ -6,7 +6,7 @@ use std::io::{IsTerminal, Write as _};
 use comfy_table::{Table, presets};
 use mesh_node::local_api::Via;
 use mesh_node::netcheck::NetcheckReport;
-use mesh_node::status::{NodeState, PathKind, PathStatus, PeerStatus, Status};
+use mesh_node::status::{NodeState, PathKind, PathStatus, PeerStatus, PortMappingStatus, Status};
 use qrcode::QrCode;
 use qrcode::render::unicode;
 
@@ -87,6 +87,7 @@ pub(crate) fn status(status: &Status) -> String {
             (_, false) => "coordinator out of reach",
         };
         let _ = writeln!(text, "{} device, UDP port {}, {relay}, {control}", this.device, this.port);
+        text.push_str(&port_mapping(&this.port_mapping));
     }
     for warning in &status.health {
         let _ = writeln!(text, "warning: {warning}");
@@ -96,6 +97,30 @@ pub(crate) fn status(status: &Status) -> String {
         text.push_str(&peers(&status.peers));
     }
     text.trim_end().to_owned()
+}
+
+/// What the gateway has given, in a line or two; nothing if it was not asked.
+fn port_mapping(mapping: &PortMappingStatus) -> String {
+    let mut text = String::new();
+    match (mapping.external, &mapping.protocol, &mapping.problem) {
+        (Some(external), Some(protocol), _) if mapping.double_nat => {
+            let _ = writeln!(
+                text,
+                "port mapping: {external} by {protocol}, of no use to peers: there is another NAT outside"
+            );
+        }
+        (Some(external), Some(protocol), _) => {
+            let _ = writeln!(text, "port mapping: {external} by {protocol}");
+        }
+        (_, _, Some(problem)) => {
+            let _ = writeln!(text, "port mapping: none, {problem}");
+        }
+        _ => {}
+    }
+    if let Some(pinhole) = mapping.pinhole {
+        let _ = writeln!(text, "IPv6 firewall: open for {pinhole}");
+    }
+    text
 }
 
 /// The table of peers.
@@ -160,6 +185,14 @@ pub(crate) fn netcheck(report: &NetcheckReport) -> String {
         Some(false) => "no",
     };
     let _ = writeln!(text, "address varies by destination: {varies}");
+    let gateway = &report.port_mapping;
+    let spoken = [("PCP", gateway.pcp), ("NAT-PMP", gateway.nat_pmp), ("UPnP", gateway.upnp)];
+    if spoken.iter().any(|(_, spoken)| spoken.is_some()) {
+        let names: Vec<_> = spoken.iter().filter(|(_, spoken)| *spoken == Some(true)).map(|(name, _)| *name).collect();
+        let names = if names.is_empty() { "none of PCP, NAT-PMP, UPnP".to_owned() } else { names.join(", ") };
+        let _ = writeln!(text, "the gateway speaks: {names}");
+    }
+    text.push_str(&port_mapping(gateway));
     if report.region_latency_ms.is_empty() {
         text.push_str("no relay answered");
     }
@@ -217,6 +250,19 @@ mod tests {
         ] {
             assert_eq!(bytes(count), text);
         }
+    }
+
+    #[test]
+    fn a_port_mapping_is_told_with_what_it_is_worth() {
+        let mut mapping = PortMappingStatus::default();
+        assert_eq!(port_mapping(&mapping), "");
+        mapping.problem = Some("the gateway speaks neither PCP nor NAT-PMP nor UPnP".to_owned());
+        assert_eq!(port_mapping(&mapping), "port mapping: none, the gateway speaks neither PCP nor NAT-PMP nor UPnP\n");
+        mapping.external = Some("203.0.113.5:41641".parse().unwrap());
+        mapping.protocol = Some("PCP".to_owned());
+        assert_eq!(port_mapping(&mapping), "port mapping: 203.0.113.5:41641 by PCP\n");
+        mapping.double_nat = true;
+        assert!(port_mapping(&mapping).contains("another NAT"));
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod clock;
 mod control;
 mod host;
 mod plane;
+mod portmaps;
 mod relays;
 mod report;
 mod session;
@@ -18,6 +19,7 @@ mod session;
 pub(crate) use clock::Clock;
 pub(crate) use host::{HostNetwork, Sockets, TunHost};
 pub(crate) use plane::Plane;
+pub(crate) use portmaps::PortMaps;
 pub(crate) use relays::RelaySender;
 pub(crate) use session::Session;
 
@@ -89,6 +91,7 @@ pub(crate) struct Driver {
     pub(crate) names: Names,
     pub(crate) plane: Plane,
     pub(crate) host: HostNetwork,
+    pub(crate) portmaps: PortMaps,
     pub(crate) relay_sender: RelaySender,
     /// Our own peer relay, if we offer one.
     pub(crate) peer_relay: Option<Arc<PeerRelay>>,
@@ -103,6 +106,7 @@ impl Driver {
         mut notices: Notices,
         stop: CancellationToken,
     ) {
+        self.portmaps.set_host(&self.host.found());
         loop {
             let deadline = self.session.as_ref().and_then(Session::poll_timeout);
             tokio::select! {
@@ -121,7 +125,9 @@ impl Driver {
                         break;
                     }
                 },
+                () = self.portmaps.changed() => {}
                 () = self.host.changed() => {
+                    self.portmaps.set_host(&self.host.found());
                     let local = self.host.local(self.fixed.loopback_endpoints);
                     if let Some(session) = &mut self.session {
                         session.set_local(self.clock.now(), local, &self.host);
@@ -147,6 +153,7 @@ impl Driver {
             }
         }
         self.end_session();
+        self.portmaps.close().await;
         // While the interface is there: rules and routes refer to it.
         self.host.close().await;
         self.plane.close();
@@ -161,7 +168,9 @@ impl Driver {
 
     /// Carries out what the session has decided.
     fn settle(&mut self) {
+        self.portmaps.set_sockets(self.session.as_ref().map(|_| &self.host.sockets));
         let Some(session) = &mut self.session else { return };
+        self.portmaps.exchange(self.clock, &mut session.engine);
         session.drain(&mut self.plane, &mut self.host);
         if let Some((node, control)) = session.take_accepted_keys() {
             let stored = self.state.set_node_key(&node).and_then(|()| match control {

@@ -31,7 +31,7 @@ mod settle;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use endpoints::{Endpoint, EndpointKind, Local, LocalAddress, gather};
+pub use endpoints::{Endpoint, EndpointKind, Local, LocalAddress, PortMappings, gather};
 pub use io::{Announcement, Command, Config, Event, Hop, PeerReport, Transmit};
 pub use map::{MapView, PeerView};
 pub use relays::RelayPlan;
@@ -89,6 +89,7 @@ pub struct Engine {
     mode: PathMode,
     static_endpoints: Vec<SocketAddr>,
     local: Local,
+    mappings: PortMappings,
     map: Arc<MapView>,
     peers: BTreeMap<NodePublic, Peer>,
     /// Nodes that have asked for a session before control has told us of them.
@@ -133,6 +134,7 @@ impl Engine {
             mode: config.mode,
             static_endpoints: config.static_endpoints,
             local: Local::default(),
+            mappings: PortMappings::default(),
             map: Arc::default(),
             peers: BTreeMap::new(),
             strangers: BTreeMap::new(),
@@ -191,6 +193,12 @@ impl Engine {
     #[must_use]
     pub fn local(&self) -> &Local {
         &self.local
+    }
+
+    /// What the host's gateways have given, as it was last told.
+    #[must_use]
+    pub fn port_mappings(&self) -> &PortMappings {
+        &self.mappings
     }
 
     /// The last measurement of the network.
@@ -329,6 +337,15 @@ impl Engine {
             self.start_measuring(now, Scope::Full);
         }
         self.settle(now);
+    }
+
+    /// The host's gateways give these port mappings now.
+    pub fn set_port_mappings(&mut self, now: Instant, mappings: PortMappings) {
+        if self.mappings != mappings {
+            self.mappings = mappings;
+            self.announce = true;
+            self.settle(now);
+        }
     }
 
     /// The device's largest packet has so many bytes: paths are probed whether they carry it.

@@ -7,6 +7,8 @@ use mesh_derp::map::RegionId;
 use mesh_nat::report::Report;
 use serde::{Deserialize, Serialize};
 
+use crate::status::PortMappingStatus;
+
 /// A [`Report`] in the form that scripts read.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct NetcheckReport {
@@ -26,6 +28,9 @@ pub struct NetcheckReport {
     pub region_latency_ms: BTreeMap<RegionId, f64>,
     /// The nearest region.
     pub preferred_region: Option<RegionId>,
+    /// What the gateway speaks and has given; nothing without a node that runs.
+    #[serde(default)]
+    pub port_mapping: PortMappingStatus,
 }
 
 impl From<&Report> for NetcheckReport {
@@ -43,6 +48,7 @@ impl From<&Report> for NetcheckReport {
                 .map(|(region, latency)| (*region, latency.as_secs_f64() * 1e3))
                 .collect(),
             preferred_region: report.preferred,
+            port_mapping: PortMappingStatus::default(),
         }
     }
 }

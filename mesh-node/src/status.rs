@@ -8,6 +8,8 @@ use mesh_derp::map::RegionId;
 use mesh_noise::key::NodePublic;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::PortMappings;
+
 /// The version of the status format.
 pub const STATUS_VERSION: u32 = 1;
 
@@ -104,6 +106,46 @@ pub struct SelfStatus {
     pub path_mode: crate::prefs::PathMode,
     /// The UDP port.
     pub port: u16,
+    /// What the gateway has given.
+    #[serde(default)]
+    pub port_mapping: PortMappingStatus,
+}
+
+/// What the gateway was asked for and has given.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PortMappingStatus {
+    /// Whether the gateway speaks PCP; none if it was not asked.
+    pub pcp: Option<bool>,
+    /// Whether it speaks NAT-PMP.
+    pub nat_pmp: Option<bool>,
+    /// Whether it is a UPnP gateway.
+    pub upnp: Option<bool>,
+    /// The gateway's address and port that lead to us.
+    pub external: Option<SocketAddr>,
+    /// Who gave it: `PCP`, `NAT-PMP` or `UPnP`.
+    pub protocol: Option<String>,
+    /// Whether the gateway is behind a NAT itself, so that peers cannot use the mapping and are not told of it.
+    pub double_nat: bool,
+    /// The IPv6 address and port that the router lets peers in to.
+    pub pinhole: Option<SocketAddr>,
+    /// Why there is no mapping.
+    pub problem: Option<String>,
+}
+
+impl From<&PortMappings> for PortMappingStatus {
+    fn from(mappings: &PortMappings) -> Self {
+        let status = mappings.v4;
+        Self {
+            pcp: status.pcp,
+            nat_pmp: status.nat_pmp,
+            upnp: status.upnp,
+            external: status.mapping.map(|mapping| mapping.external),
+            protocol: status.mapping.map(|mapping| mapping.protocol.to_string()),
+            double_nat: status.mapping.is_some_and(|mapping| mapping.double_nat),
+            pinhole: mappings.v6.endpoint(),
+            problem: status.problem.map(|problem| problem.to_string()),
+        }
+    }
 }
 
 /// One peer's part of [`Status`].

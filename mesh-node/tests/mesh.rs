@@ -271,7 +271,7 @@ impl Lab {
     }
 
     fn builder(&self, hostname: &str) -> mesh_node::Builder {
-        Node::builder().control_url(&self.url).hostname(hostname).loopback_endpoints(true)
+        Node::builder().control_url(&self.url).hostname(hostname).loopback_endpoints(true).port_mapping(false)
     }
 
     async fn node(&self, hostname: &str, mode: PathMode) -> Node {

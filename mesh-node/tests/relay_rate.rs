@@ -29,7 +29,12 @@ async fn a_stream_comes_through_the_relay_whole() {
     let key = CreateKey { user: "alice".into(), reusable: true, ..CreateKey::default() };
     let key = admin.create_key(&key).await.unwrap().key.unwrap();
     let start = async |name: &str| {
-        let builder = Node::builder().control_url(&url).auth_key(&key).hostname(name).path_mode(PathMode::Relay);
+        let builder = Node::builder()
+            .control_url(&url)
+            .auth_key(&key)
+            .hostname(name)
+            .path_mode(PathMode::Relay)
+            .port_mapping(false);
         let node = builder.start().await.unwrap();
         node.wait_running(PATIENCE).await.unwrap();
         node

@@ -84,7 +84,7 @@ impl Coordinator {
 
 /// A node of ours on a TUN device.
 pub(crate) struct Node {
-    _daemon: Process,
+    daemon: Process,
     pub(crate) host: Host,
 }
 
@@ -101,7 +101,7 @@ impl Node {
         command.arg("--socket").arg(host.dir().join("mesh.sock")).args(options).env("RUST_LOG", LOG);
         let mut daemon = host.spawn("daemon", &mut command);
         daemon.wait_line("ready", Duration::from_secs(10));
-        Self { _daemon: daemon, host: host.clone() }
+        Self { daemon, host: host.clone() }
     }
 
     /// Starts the daemon and joins.
@@ -109,6 +109,13 @@ impl Node {
         let node = Self::start(host);
         node.mesh(&coordinator.up(name));
         node
+    }
+
+    /// Lets the daemon end as it does when a system shuts down.
+    pub(crate) fn stop(mut self) {
+        self.daemon.terminate();
+        // The next one's first line must not be taken from this one's log.
+        std::fs::remove_file(self.host.dir().join("daemon.log")).unwrap();
     }
 
     /// Runs a command of `mesh` against this daemon.

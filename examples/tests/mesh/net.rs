@@ -161,7 +161,11 @@ impl Net {
         let proxy = || SocketAddr::new(self.address.ip(), free_port());
         let (socks5, http) = (proxy(), proxy());
         let mut command = Command::new(MESH);
-        command.args(["daemon", "--tun", "userspace", "--state-dir"]).arg(self.path(name)).arg("--socket").arg(&socket);
+        command
+            .args(["daemon", "--no-portmap", "--tun", "userspace", "--state-dir"])
+            .arg(self.path(name))
+            .arg("--socket")
+            .arg(&socket);
         command.args(["--socks5", &socks5.to_string(), "--http-proxy", &http.to_string()]).args(further);
         let running = Running::start_command(self.path(&format!("{name}.log")), command);
         Daemon { running, socket, socks5, http }

@@ -33,7 +33,7 @@ fn secrets_are_private_and_never_printed() {
 fn settings_of_the_daemon_show_in_the_status() {
     let net = Net::start();
     let port = free_port().to_string();
-    let a = net.node_with("anna", &["--port", &port, "--static-endpoint", "203.0.113.9:4444", "--no-portmap"]);
+    let a = net.node_with("anna", &["--port", &port, "--static-endpoint", "203.0.113.9:4444"]);
     let status = a.status();
     assert_eq!(status["self"]["port"].to_string(), port);
     let endpoints: Vec<_> = status["self"]["endpoints"].as_array().expect("a list").clone();

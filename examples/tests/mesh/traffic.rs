@@ -114,6 +114,7 @@ async fn datagrams_from_peers_reach_the_same_port_of_loopback_and_answers_return
         .control_url(net.url())
         .auth_key(net.key(""))
         .hostname("sender")
+        .port_mapping(false)
         .ephemeral()
         .start()
         .await

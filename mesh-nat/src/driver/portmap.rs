@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol as Transport, Socket, Type};
+use socket2::{Domain, Protocol as Transport, SockRef, Socket, Type};
 use tokio::net::{TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 
@@ -148,8 +148,9 @@ impl PortMapper {
                     self.announcements = listen(client).ok();
                 }
                 if let Some(socket) = &self.socket {
-                    // An unreachable gateway is loss, not failure.
-                    socket.try_send_to(&datagram, remote).ok();
+                    // Past the runtime, which would not send before it has seen the new socket to be writable. An
+                    // unreachable gateway is loss, not failure.
+                    SockRef::from(socket).send_to(&datagram, &remote.into()).ok();
                 }
             }
             Transmit::Http { id, remote, request } => {

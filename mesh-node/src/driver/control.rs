@@ -134,6 +134,7 @@ fn kernel_text(name: &str) -> String {
 pub(super) fn description(hostinfo: &Hostinfo, disco: DiscoPublic, announcement: &Announcement) -> Description {
     let endpoints = announcement.endpoints.iter().map(|endpoint| {
         let kind = match endpoint.kind {
+            EndpointKind::PortMapped => EndpointType::PortMapped,
             EndpointKind::Local => EndpointType::Local,
             EndpointKind::Stun => EndpointType::Stun,
             EndpointKind::Explicit => EndpointType::Explicit,
@@ -146,7 +147,15 @@ pub(super) fn description(hostinfo: &Hostinfo, disco: DiscoPublic, announcement:
 }
 
 fn net_info(announcement: &Announcement) -> NetInfo {
-    let mut info = NetInfo { preferred_derp: announcement.home, ..NetInfo::default() };
+    let gateway = &announcement.mappings.v4;
+    let mut info = NetInfo {
+        preferred_derp: announcement.home,
+        have_port_map: gateway.mapping.is_some(),
+        upnp: gateway.upnp,
+        pmp: gateway.nat_pmp,
+        pcp: gateway.pcp,
+        ..NetInfo::default()
+    };
     if let Some(report) = &announcement.report {
         info.mapping_varies_by_dest_ip = report.mapping_varies_by_dest_ip;
         info.working_udp = Some(report.udp);
@@ -163,7 +172,8 @@ fn net_info(announcement: &Announcement) -> NetInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::Endpoint;
+    use crate::engine::{Endpoint, PortMappings};
+    use mesh_nat::portmap::Status;
 
     #[test]
     fn the_description_names_home_and_endpoints() {
@@ -172,10 +182,13 @@ mod tests {
             endpoints: vec![Endpoint { address, kind: EndpointKind::Explicit }],
             home: mesh_derp::map::RegionId::new(7),
             report: None,
+            mappings: PortMappings { v4: Status { upnp: Some(true), ..Status::default() }, ..PortMappings::default() },
         };
         let description = description(&hostinfo(Some("one"), true), DiscoPublic::ZERO, &announcement);
         assert_eq!(description.endpoints, [(address, EndpointType::Explicit)]);
         assert_eq!(description.hostinfo.hostname, "one");
-        assert_eq!(description.hostinfo.net_info.unwrap().preferred_derp, announcement.home);
+        let network = description.hostinfo.net_info.unwrap();
+        assert_eq!(network.preferred_derp, announcement.home);
+        assert_eq!((network.upnp, network.pmp, network.have_port_map), (Some(true), None, false));
     }
 }

@@ -164,6 +164,11 @@ impl HostNetwork {
         }
     }
 
+    /// The host's interfaces and routers as they are now.
+    pub(crate) fn found(&self) -> Interfaces {
+        self.found.borrow().clone()
+    }
+
     /// The addresses and ports where we may be reached.
     pub(crate) fn local(&self, loopback: bool) -> Local {
         let own = self.tun.as_ref().map(|tun| tun.index);

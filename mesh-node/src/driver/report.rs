@@ -66,6 +66,7 @@ impl Driver {
             device: self.fixed.device.to_owned(),
             path_mode: self.prefs.path_mode,
             port: self.host.sockets.port(),
+            port_mapping: engine.map(|engine| engine.port_mappings().into()).unwrap_or_default(),
         }
     }
 

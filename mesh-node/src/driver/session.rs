@@ -503,7 +503,8 @@ impl Session {
             Event::PeerSilent { peer } => tracing::info!(peer = peer.short(), "no answer to handshakes"),
             Event::Measured(report) => {
                 for reply in self.netchecks.drain(..) {
-                    answer(reply, Ok(NetcheckReport::from(&*report)));
+                    let port_mapping = self.engine.port_mappings().into();
+                    answer(reply, Ok(NetcheckReport { port_mapping, ..NetcheckReport::from(&*report) }));
                 }
             }
         }

@@ -3,11 +3,14 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use mesh_nat::portmap;
 use mesh_nat::report::Report;
 
 /// How an endpoint was found out; control is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum EndpointKind {
+    /// A port of the gateway that leads to us.
+    PortMapped,
     /// An address of one of our interfaces.
     Local,
     /// Our address as a STUN server has seen it.
@@ -47,18 +50,41 @@ pub struct Local {
     pub loopback: bool,
 }
 
+/// What the gateways of this host have given, family by family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PortMappings {
+    /// IPv4.
+    pub v4: portmap::Status,
+    /// IPv6: a hole in the router's firewall.
+    pub v6: portmap::Status,
+}
+
+impl PortMappings {
+    fn endpoints(&self) -> impl Iterator<Item = SocketAddr> {
+        [self.v4.endpoint(), self.v6.endpoint()].into_iter().flatten()
+    }
+}
+
 /// Per subnet, how many IPv6 addresses are worth telling (privacy extensions make many).
 const MAX_V6_PER_SUBNET: usize = 2;
 
 /// Gathers the endpoints, the likeliest to work from afar first.
 #[must_use]
-pub fn gather(local: &Local, report: Option<&Report>, explicit: &[SocketAddr]) -> Vec<Endpoint> {
+pub fn gather(
+    local: &Local,
+    mappings: &PortMappings,
+    report: Option<&Report>,
+    explicit: &[SocketAddr],
+) -> Vec<Endpoint> {
     let mut found = Vec::new();
     let mut add = |address: SocketAddr, kind| {
         if !found.iter().any(|endpoint: &Endpoint| endpoint.address == address) {
             found.push(Endpoint { address, kind });
         }
     };
+    for address in mappings.endpoints() {
+        add(address, EndpointKind::PortMapped);
+    }
     for address in explicit {
         add(*address, EndpointKind::Explicit);
     }
@@ -175,7 +201,7 @@ mod tests {
     }
 
     fn found(local: &Local) -> Vec<String> {
-        gather(local, None, &[]).iter().map(|endpoint| endpoint.address.to_string()).collect()
+        gather(local, &PortMappings::default(), None, &[]).iter().map(|endpoint| endpoint.address.to_string()).collect()
     }
 
     #[test]
@@ -224,7 +250,27 @@ mod tests {
         let host = local(&[("eth0", "192.0.2.7/24")]);
         let report = Report { global_v4: Some("198.51.100.1:5".parse().unwrap()), ..Report::default() };
         let explicit = ["192.0.2.7:41641".parse().unwrap()];
-        let kinds: Vec<_> = gather(&host, Some(&report), &explicit).iter().map(|endpoint| endpoint.kind).collect();
+        let found = gather(&host, &PortMappings::default(), Some(&report), &explicit);
+        let kinds: Vec<_> = found.iter().map(|endpoint| endpoint.kind).collect();
         assert_eq!(kinds, [EndpointKind::Explicit, EndpointKind::Stun]);
+    }
+
+    #[test]
+    fn a_mapped_port_comes_before_all_and_one_behind_two_nats_not_at_all() {
+        let host = local(&[("eth0", "192.168.1.7/24")]);
+        let mut mapping = portmap::Mapping {
+            protocol: portmap::Protocol::Pcp,
+            internal_port: 41641,
+            external: "203.0.113.5:7".parse().unwrap(),
+            double_nat: false,
+        };
+        let mapped = |mapping| PortMappings {
+            v4: portmap::Status { mapping: Some(mapping), ..portmap::Status::default() },
+            ..PortMappings::default()
+        };
+        let first = gather(&host, &mapped(mapping), None, &["192.0.2.7:1".parse().unwrap()])[0];
+        assert_eq!(first, Endpoint { address: mapping.external, kind: EndpointKind::PortMapped });
+        mapping.double_nat = true;
+        assert_eq!(gather(&host, &mapped(mapping), None, &[]).len(), 1);
     }
 }

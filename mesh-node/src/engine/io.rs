@@ -11,7 +11,7 @@ use mesh_nat::report::Report;
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use mesh_noise::wireguard::{Session, Timing};
 
-use super::{Endpoint, MapView, PeerView, RelayPlan};
+use super::{Endpoint, MapView, PeerView, PortMappings, RelayPlan};
 use crate::prefs::PathMode;
 
 /// What an engine starts with.
@@ -65,6 +65,8 @@ pub struct Announcement {
     pub home: Option<RegionId>,
     /// The network as measured; its latencies are those of the time when anything else changed.
     pub report: Option<Box<Report>>,
+    /// What the host's gateways speak and have given.
+    pub mappings: PortMappings,
 }
 
 impl Announcement {
@@ -73,7 +75,14 @@ impl Announcement {
         let network = |report: &Option<Box<Report>>| {
             report.as_ref().map(|report| (report.udp, report.ipv4, report.ipv6, report.mapping_varies_by_dest_ip))
         };
-        self.endpoints != other.endpoints || self.home != other.home || network(&self.report) != network(&other.report)
+        let gateway = |mappings: &PortMappings| {
+            let status = mappings.v4;
+            (status.pcp, status.nat_pmp, status.upnp, status.mapping.is_some())
+        };
+        gateway(&self.mappings) != gateway(&other.mappings)
+            || self.endpoints != other.endpoints
+            || self.home != other.home
+            || network(&self.report) != network(&other.report)
     }
 }
 

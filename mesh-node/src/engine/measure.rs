@@ -60,11 +60,12 @@ impl Engine {
         if !std::mem::take(&mut self.announce) {
             return;
         }
-        let endpoints = gather(&self.local, self.report.as_deref(), &self.static_endpoints);
+        let endpoints = gather(&self.local, &self.mappings, self.report.as_deref(), &self.static_endpoints);
         if endpoints != self.announced.endpoints {
             self.agent.set_endpoints(now, endpoints.iter().map(|endpoint| endpoint.address).collect());
         }
-        let announcement = Announcement { endpoints, home: self.relays.home(), report: self.report.clone() };
+        let announcement =
+            Announcement { endpoints, home: self.relays.home(), report: self.report.clone(), mappings: self.mappings };
         if announcement.differs(&self.announced) {
             self.announced.clone_from(&announcement);
             self.commands.push_back(Command::Announce(announcement));

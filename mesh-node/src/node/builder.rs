@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::service::ServiceDevice;
 use super::{Inner, Node, UpOptions};
 use crate::dns::{self, Names};
-use crate::driver::{Clock, Driver, Fixed, HostNetwork, Plane, RelaySender, Shared, Sockets, TunHost};
+use crate::driver::{Clock, Driver, Fixed, HostNetwork, Plane, PortMaps, RelaySender, Shared, Sockets, TunHost};
 use crate::error::Error;
 use crate::forward::{self, Forwarder};
 use crate::netstack::{self, Netstack, SERVICE_V4, SERVICE_V6};
@@ -58,6 +58,7 @@ pub struct Builder {
     ca_file: Option<PathBuf>,
     static_endpoints: Vec<SocketAddr>,
     loopback_endpoints: bool,
+    no_port_mapping: bool,
     socks5: Option<SocketAddr>,
     http_proxy: Option<SocketAddr>,
     path_mode: Option<PathMode>,
@@ -154,6 +155,14 @@ impl Builder {
     #[must_use]
     pub fn loopback_endpoints(mut self, yes: bool) -> Self {
         self.loopback_endpoints = yes;
+        self
+    }
+
+    /// Whether the gateway is asked for a port that leads to this node, by PCP, NAT-PMP or UPnP. Default true; it is only
+    /// asked where this host has a private address.
+    #[must_use]
+    pub fn port_mapping(mut self, yes: bool) -> Self {
+        self.no_port_mapping = !yes;
         self
     }
 
@@ -281,6 +290,7 @@ impl Builder {
             names,
             plane,
             host,
+            portmaps: PortMaps::new(clock, !self.no_port_mapping),
             relay_sender,
             peer_relay,
             session: None,
