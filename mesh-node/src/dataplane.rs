@@ -160,7 +160,8 @@ pub enum Notice {
         /// The peer.
         peer: NodePublic,
     },
-    /// Transport data of this peer was authentic and came by another direct path than before (roaming).
+    /// Transport data of this peer was authentic and came by another direct path than before (roaming), or by a relay
+    /// although ours goes directly: the direct path may have died.
     PathSeen {
         /// The peer.
         peer: NodePublic,
@@ -333,6 +334,14 @@ impl Dataplane {
     pub fn set_path(&self, key: &NodePublic, path: Option<Path>) {
         if let Some(cell) = self.shared.peer(key) {
             cell.set_path(path);
+        }
+    }
+
+    /// The path that packets for a peer take as well, one by one, while the other is in doubt; none once it is not. The
+    /// receiver drops the second copy as a replay. Ignored for peers without a path.
+    pub fn set_backup(&self, key: &NodePublic, backup: Option<Path>) {
+        if let Some(cell) = self.shared.peer(key) {
+            cell.set_backup(backup);
         }
     }
 

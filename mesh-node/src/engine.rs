@@ -56,6 +56,8 @@ use crate::prefs::PathMode;
 
 /// How often activity words are read while sessions exist.
 const ACTIVITY_INTERVAL: Duration = Duration::from_secs(1);
+/// The same, while data is sent by a direct path: so soon a dead one may be noticed.
+const ACTIVITY_SOON: Duration = Duration::from_millis(200);
 /// How soon a handshake is tried again with a peer that its relay does not know.
 const NOT_AT_RELAY: Duration = Duration::from_millis(300);
 
@@ -74,8 +76,8 @@ struct Peer {
     sessions: Vec<u32>,
     /// Milliseconds of the activity clock when data was last seen to be sent.
     last_sent: u64,
-    /// When its path was last doubted.
-    doubted: Option<Instant>,
+    /// Where packets go as well, because `path` is in doubt.
+    backup: Option<Path>,
 }
 
 /// One node's decisions. See the [module documentation](self).
@@ -104,6 +106,8 @@ pub struct Engine {
     live_sessions: usize,
     control_connected: bool,
     next_activity: Option<Instant>,
+    /// How long after the last look at activity words the next one is due.
+    activity_interval: Duration,
     next_measure: Option<Instant>,
     last_active: Option<Instant>,
     measure_again: bool,
@@ -146,6 +150,7 @@ impl Engine {
             live_sessions: 0,
             control_connected: false,
             next_activity: None,
+            activity_interval: ACTIVITY_INTERVAL,
             next_measure: None,
             last_active: None,
             measure_again: false,
@@ -211,7 +216,8 @@ impl Engine {
     #[must_use]
     pub fn peer(&self, peer: &NodePublic) -> Option<PeerReport> {
         let known = self.peers.get(peer)?;
-        Some(PeerReport { path: self.current_path(peer), last_handshake: known.last_handshake })
+        let discovery = self.agent.status(peer);
+        Some(PeerReport { path: self.current_path(peer), last_handshake: known.last_handshake, discovery })
     }
 
     /// Datagrams that could not be sent for want of any path.
@@ -288,6 +294,17 @@ impl Engine {
     /// The data plane has noted traffic that WireGuard's timers wait for.
     pub fn peer_active(&mut self, now: Instant, peer: &NodePublic) {
         self.interface.peer_active(now, peer);
+        // After a quiet time, this may be the first packet into a path that has died meanwhile.
+        self.next_activity = self.next_activity.map(|due| due.min(now + ACTIVITY_SOON));
+        self.settle(now);
+    }
+
+    /// Authentic data of `peer` has come by `path`. A relay where ours is direct means that the peer has no direct path, or
+    /// doubts it: ours may be dead as well.
+    pub fn path_seen(&mut self, now: Instant, peer: &NodePublic, path: Path) {
+        if path.is_relay() && self.peers.get(peer).and_then(|peer| peer.path).is_some_and(|own| own.is_direct()) {
+            self.agent.suspect(now, peer);
+        }
         self.settle(now);
     }
 

@@ -136,6 +136,43 @@ fn a_flow_moves_from_relay_to_direct_and_each_is_counted() {
 }
 
 #[test]
+fn while_a_path_is_in_doubt_packets_go_by_the_relay_too_and_arrive_once() {
+    let mut pair = Pair::connected();
+    let relay = Path::Relay { region: RegionId::new(1).unwrap() };
+    let before = pair.a.traffic();
+    pair.a.plane.set_backup(&pair.b.key, Some(relay));
+    for sequence in 0..20 {
+        assert!(pair.a.host.send(&packet(A, B, 1, sequence)));
+    }
+    let replayed = |pair: &Pair| pair.b.plane.drops().get(&DropReason::Replayed).copied().unwrap_or(0);
+    pair.run_until(|pair| pair.b.count() == 20 && replayed(pair) == 20);
+    let mut arrived = sequences(&pair.b.received, 1);
+    arrived.sort_unstable();
+    assert_eq!(arrived, (0..20).collect::<Vec<_>>());
+    let after = pair.a.traffic();
+    let sent = [after.0.tx_packets - before.0.tx_packets, after.1.tx_packets - before.1.tx_packets];
+    assert_eq!(sent, [20, 20]);
+
+    // The direct path is dead: what is sent arrives all the same, and the receiver's engine hears of it.
+    pair.b.seen.clear();
+    // That data comes by the relay is told five times a second at most.
+    std::thread::sleep(Duration::from_millis(250));
+    let nowhere = Path::Direct { socket: SocketId(0), remote: ([127, 0, 0, 1], 9).into() };
+    pair.a.plane.set_path(&pair.b.key, Some(nowhere));
+    for sequence in 20..30 {
+        assert!(pair.a.host.send(&packet(A, B, 1, sequence)));
+    }
+    pair.run_until(|pair| pair.b.count() == 30 && pair.b.seen.contains(&relay));
+
+    pair.a.plane.set_backup(&pair.b.key, None);
+    pair.go_direct();
+    let before = pair.a.traffic().1;
+    assert!(pair.a.host.send(&packet(A, B, 1, 30)));
+    pair.run_until(|pair| pair.b.count() == 31);
+    assert_eq!(pair.a.traffic().1, before, "the relay is left");
+}
+
+#[test]
 fn a_datagram_seen_before_is_dropped_and_counted() {
     let mut pair = Pair::of(Relayed::Twice);
     pair.allow_all();

@@ -15,6 +15,9 @@ use mesh_tun::masquerade::Masquerade;
 /// Packets kept for a peer without a session: the latest, since what waits longest is retransmitted first.
 const PARKED: usize = 64;
 
+/// Between two notices that data comes by a relay though ours goes directly.
+const RELAYED_INTERVAL_MS: u64 = 200;
+
 /// Datagrams with transport data, and the bytes in them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
@@ -37,12 +40,22 @@ pub struct PeerTraffic {
     pub relay: Traffic,
 }
 
+/// Where packets for a peer go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Route {
+    pub(super) path: Path,
+    /// Where they go as well, because `path` is in doubt.
+    pub(super) backup: Option<Path>,
+}
+
 /// One peer. Threads read it without locks; the engine changes it in place.
 #[derive(Debug)]
 pub(super) struct PeerCell {
     key: NodePublic,
     session: ArcSwapOption<Session>,
-    path: ArcSwapOption<Path>,
+    route: ArcSwapOption<Route>,
+    /// When the engine last heard that data comes by a relay though ours goes directly.
+    relayed: AtomicU64,
     seen: ArcSwapOption<Path>,
     jailed: AtomicBool,
     /// The longest packet that arrives there.
@@ -77,7 +90,8 @@ impl PeerCell {
         Self {
             key,
             session: ArcSwapOption::empty(),
-            path: ArcSwapOption::empty(),
+            route: ArcSwapOption::empty(),
+            relayed: AtomicU64::new(0),
             seen: ArcSwapOption::empty(),
             jailed: AtomicBool::new(false),
             limit: AtomicUsize::new(usize::MAX),
@@ -122,21 +136,43 @@ impl PeerCell {
     }
 
     pub(super) fn path(&self) -> Option<Path> {
-        self.path.load().as_deref().copied()
+        self.route().map(|route| route.path)
     }
 
-    /// Data that goes on coming by another direct path is news again.
+    /// Where packets go now.
+    pub(super) fn route(&self) -> Option<Route> {
+        self.route.load().as_deref().copied()
+    }
+
+    /// Data that goes on coming by another direct path is news again. What is in doubt stays so.
     pub(super) fn set_path(&self, path: Option<Path>) {
         self.seen.store(None);
-        self.path.store(path.map(Arc::new));
+        let backup = self.route().and_then(|route| route.backup);
+        self.route.store(path.map(|path| Arc::new(Route { path, backup })));
     }
 
-    /// Notes the direct path that authentic data came by; true if it is another one than last time.
-    pub(super) fn note_seen(&self, path: Path) -> bool {
-        if !path.is_direct() || self.seen.load().as_deref() == Some(&path) {
+    /// Sends everything by `backup` too, while the path is in doubt.
+    pub(super) fn set_backup(&self, backup: Option<Path>) {
+        if let Some(Route { path, .. }) = self.route() {
+            self.route.store(Some(Arc::new(Route { path, backup })));
+        }
+    }
+
+    /// Notes the path that authentic data came by. True if that is news: another direct one than last time; or a relay
+    /// though ours is direct, which is told every now and then.
+    pub(super) fn note_seen(&self, path: Path, now_ms: u64) -> bool {
+        if path.is_direct() {
+            let news = self.seen.load().as_deref() != Some(&path);
+            if news {
+                self.seen.store(Some(Arc::new(path)));
+            }
+            return news;
+        }
+        let told = self.relayed.load(Ordering::Relaxed);
+        if now_ms < told + RELAYED_INTERVAL_MS || !self.path().is_some_and(|own| own.is_direct()) {
             return false;
         }
-        self.seen.store(Some(Arc::new(path)));
+        self.relayed.store(now_ms, Ordering::Relaxed);
         true
     }
 
@@ -277,8 +313,36 @@ mod tests {
     fn a_direct_path_is_seen_once() {
         let cell = PeerCell::new(NodePublic::default());
         let direct = |port| Path::Direct { socket: SocketId(0), remote: ([192, 0, 2, 1], port).into() };
-        assert!(cell.note_seen(direct(1)));
-        assert!(!cell.note_seen(direct(1)));
-        assert!(cell.note_seen(direct(2)));
+        assert!(cell.note_seen(direct(1), 1));
+        assert!(!cell.note_seen(direct(1), 1));
+        assert!(cell.note_seen(direct(2), 1));
+    }
+
+    #[test]
+    fn a_relay_is_news_while_our_own_path_is_direct() {
+        let cell = PeerCell::new(NodePublic::default());
+        let relay = Path::Relay { region: mesh_derp::map::RegionId::new(1).unwrap() };
+        assert!(!cell.note_seen(relay, 1000), "we have no path");
+        cell.set_path(Some(relay));
+        assert!(!cell.note_seen(relay, 1000), "ours is a relay too");
+        cell.set_path(Some(Path::Direct { socket: SocketId(0), remote: ([192, 0, 2, 1], 1).into() }));
+        assert!(cell.note_seen(relay, 1000));
+        assert!(!cell.note_seen(relay, 1100));
+        assert!(cell.note_seen(relay, 1200));
+    }
+
+    #[test]
+    fn a_backup_outlives_a_change_of_path_but_not_its_loss() {
+        let cell = PeerCell::new(NodePublic::default());
+        let relay = Path::Relay { region: mesh_derp::map::RegionId::new(1).unwrap() };
+        let direct = |port| Path::Direct { socket: SocketId(0), remote: ([192, 0, 2, 1], port).into() };
+        cell.set_backup(Some(relay));
+        assert_eq!(cell.route(), None, "there is nothing to be in doubt");
+        cell.set_path(Some(direct(1)));
+        cell.set_backup(Some(relay));
+        cell.set_path(Some(direct(2)));
+        assert_eq!(cell.route(), Some(Route { path: direct(2), backup: Some(relay) }));
+        cell.set_backup(None);
+        assert_eq!(cell.route(), Some(Route { path: direct(2), backup: None }));
     }
 }

@@ -274,7 +274,7 @@ impl<'a> Opener<'a> {
             if cell.session.activity().note_received(now_ms, packets as u64, bytes as u64) {
                 self.shared.notify(Notice::PeerActive { peer });
             }
-            if cell.peer.note_seen(last) {
+            if cell.peer.note_seen(last, now_ms) {
                 self.shared.notify(Notice::PathSeen { peer, path: last });
             }
         }

@@ -309,13 +309,27 @@ impl<'a> Dispatch<'a> {
         bytes: usize,
         now_ms: u64,
     ) {
+        let count = run.len();
+        if let Some(route) = peer.route() {
+            self.carry(peer, &route.path, run.clone(), bytes);
+            if let Some(backup) = route.backup {
+                // In doubt: one of the two will arrive.
+                self.carry(peer, &backup, run, bytes);
+            }
+        } else {
+            self.shared.drops.add(DropReason::NoPath, count);
+            return;
+        }
+        // Noted even if dropped here: to the timers it makes no difference where a datagram gets lost.
+        if session.activity().note_sent(now_ms, count as u64, bytes as u64) {
+            self.shared.notify(Notice::PeerActive { peer: peer.key() });
+        }
+    }
+
+    fn carry(&mut self, peer: &PeerCell, path: &Path, run: Range<usize>, bytes: usize) {
         let drops = &self.shared.drops;
         let count = run.len();
-        let Some(path) = peer.path() else {
-            drops.add(DropReason::NoPath, count);
-            return;
-        };
-        let sent = match path {
+        let sent = match *path {
             Path::Direct { socket, remote } => match self.sockets.iter().position(|(id, _)| *id == socket) {
                 Some(at) => {
                     self.outgoing[at].extend(run.map(|index| Outgoing { to: remote, index }));
@@ -351,11 +365,7 @@ impl<'a> Dispatch<'a> {
             },
         };
         if sent > 0 {
-            peer.note_tx(&path, sent, bytes);
-        }
-        // Noted even if dropped here: to the timers it makes no difference where a datagram gets lost.
-        if session.activity().note_sent(now_ms, count as u64, bytes as u64) {
-            self.shared.notify(Notice::PeerActive { peer: peer.key() });
+            peer.note_tx(path, sent, bytes);
         }
     }
 

@@ -78,6 +78,7 @@ impl Plane {
             }
             Command::SetLimit(peer, limit) => self.dataplane.set_limit(&peer, limit),
             Command::SetPath(peer, path) => self.dataplane.set_path(&peer, path),
+            Command::SetBackup(peer, backup) => self.dataplane.set_backup(&peer, backup),
             Command::OpenSession(session) => self.dataplane.session_opened(&session),
             Command::UseSession(session) => self.dataplane.session_ready(&session),
             Command::CloseSession(peer, receiver_index) => self.dataplane.session_closed(&peer, receiver_index),

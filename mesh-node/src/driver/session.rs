@@ -335,8 +335,9 @@ impl Session {
             Notice::SessionUsed { receiver_index } => self.engine.session_used(now, receiver_index),
             Notice::PeerActive { peer } => self.engine.peer_active(now, &peer),
             Notice::Failed { what } => self.stop(format!("{what}; restart the node")),
-            // Paths are learned from path discovery only, and nothing is asked by TSMP yet.
-            Notice::PathSeen { .. } | Notice::Tsmp { .. } => {}
+            Notice::PathSeen { peer, path } => self.engine.path_seen(now, &peer, path),
+            // Nothing is asked by TSMP yet.
+            Notice::Tsmp { .. } => {}
         }
     }
 
@@ -436,6 +437,7 @@ impl Session {
             Command::SetPeers(_)
             | Command::RemovePeer(_)
             | Command::SetPath(..)
+            | Command::SetBackup(..)
             | Command::SetLimit(..)
             | Command::OpenSession(_)
             | Command::UseSession(_)
@@ -486,9 +488,9 @@ impl Session {
 
     fn tell(&mut self, event: Event) {
         match event {
-            Event::PathChanged { peer, path } => match path {
-                Some(path) => tracing::info!(peer = peer.short(), via = path_kind(&path), "path"),
-                None => tracing::info!(peer = peer.short(), "no path"),
+            Event::PathChanged { peer, path, why } => match path {
+                Some(path) => tracing::info!(peer = peer.short(), via = path_kind(&path), %why, "path"),
+                None => tracing::info!(peer = peer.short(), %why, "no path"),
             },
             Event::PingAnswered { id, path, latency } => {
                 if let Some(reply) = self.pings.remove(&id) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_derp::map::{DerpMap, RegionId};
 use mesh_nat::Path;
-use mesh_nat::agent::PingId;
+use mesh_nat::agent::{PingId, Why};
 use mesh_nat::report::Report;
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use mesh_noise::wireguard::{Session, Timing};
@@ -96,6 +96,8 @@ pub enum Command {
     RemovePeer(NodePublic),
     /// Data plane: packets to the peer go this way.
     SetPath(NodePublic, Option<Path>),
+    /// Data plane: packets to the peer go this way as well, until told otherwise: the other one is in doubt.
+    SetBackup(NodePublic, Option<Path>),
     /// Data plane: packets of so many bytes at most arrive at the peer; none if the device sets the only limit.
     SetLimit(NodePublic, Option<usize>),
     /// Data plane: packets of this session may arrive.
@@ -140,6 +142,8 @@ pub enum Event {
         peer: NodePublic,
         /// The way; none if the peer cannot be reached.
         path: Option<Path>,
+        /// Why.
+        why: Why,
     },
     /// A probe asked for with [`Engine::ping`](super::Engine::ping) was answered.
     PingAnswered {
@@ -171,4 +175,6 @@ pub struct PeerReport {
     pub path: Option<Path>,
     /// When the current session was agreed.
     pub last_handshake: Option<Instant>,
+    /// What path discovery knows; none if the peer takes no part in it.
+    pub discovery: Option<mesh_nat::agent::PeerStatus>,
 }

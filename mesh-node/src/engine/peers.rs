@@ -7,17 +7,15 @@ use mesh_nat::{Path, agent};
 use mesh_noise::key::{NodePublic, PresharedKey};
 use mesh_noise::wireguard;
 
-use super::{Command, Engine, MapView, Peer, PeerView};
+use super::{ACTIVITY_INTERVAL, ACTIVITY_SOON, Command, Engine, MapView, Peer, PeerView};
 use crate::prefs::PathMode;
 
-/// Sending for so long without hearing anything makes a direct path doubtful.
-const SILENCE_MS: u64 = 800;
+/// Data sent within this time counts as being sent now.
+const SENDING_MS: u64 = 2000;
 /// Strangers that are remembered at a time; further ones ask again by themselves.
 const MAX_STRANGERS: usize = 64;
 /// How long a stranger is remembered: as long as it waits until it asks again.
 const STRANGER_TIME: Duration = Duration::from_secs(5);
-/// A path is doubted no more often than stock nodes send heartbeats.
-const DOUBT_INTERVAL: Duration = Duration::from_secs(3);
 
 impl Engine {
     /// Brings the peers in line with the map.
@@ -68,7 +66,7 @@ impl Engine {
             last_handshake: None,
             sessions: Vec::new(),
             last_sent: 0,
-            doubted: None,
+            backup: None,
         };
         self.peers.insert(key, peer);
         let asked = self.strangers.remove(&key);
@@ -124,16 +122,17 @@ impl Engine {
         }
     }
 
-    /// Tells the agent who has been sent data since the last look, and who has not answered it. The regions of peers with live sessions stay
-    /// connected, so that the first packet after a pause finds a way.
+    /// Tells the agent who has been sent data since the last look, and who has not answered it. The regions of peers with
+    /// live sessions stay connected, so that the first packet after a pause finds a way.
     pub(super) fn read_activity(&mut self, now: Instant) {
         let now_ms = self.interface.clock_ms(now);
-        let (mut active, mut relayed, mut doubtful) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut active, mut relayed, mut unanswered) = (Vec::new(), Vec::new(), Vec::new());
+        self.activity_interval = ACTIVITY_INTERVAL;
         for (key, peer) in &mut self.peers {
             if peer.sessions.is_empty() {
                 continue;
             }
-            if matches!(peer.path, Some(Path::Relay { .. })) {
+            if matches!(peer.path, Some(Path::Relay { .. })) || peer.backup.is_some() {
                 relayed.push(*key);
             }
             let Some(activity) = self.interface.activity(key) else { continue };
@@ -141,19 +140,24 @@ impl Engine {
             if sent > peer.last_sent {
                 peer.last_sent = sent;
                 active.push(*key);
-                let silent = now_ms.saturating_sub(activity.last_received()) > SILENCE_MS;
-                let doubted = peer.doubted.is_some_and(|last| now.saturating_duration_since(last) < DOUBT_INTERVAL);
-                if silent && !doubted {
-                    peer.doubted = Some(now);
-                    doubtful.push(*key);
+            }
+            let direct = peer.path.is_some_and(|path| path.is_direct());
+            if direct && sent > 0 && now_ms.saturating_sub(sent) < SENDING_MS {
+                self.activity_interval = ACTIVITY_SOON;
+                let since = activity.unanswered();
+                if since > 0 {
+                    let silence = Duration::from_millis(now_ms.saturating_sub(since));
+                    unanswered.push((*key, now.checked_sub(silence).unwrap_or(now)));
                 }
             }
         }
         for key in active {
             self.note_traffic(now, &key);
         }
-        for key in doubtful {
-            self.agent.suspect(now, &key);
+        for (key, since) in unanswered {
+            if self.agent.unanswered(now, &key, since) {
+                relayed.push(key);
+            }
         }
         for key in relayed {
             self.note_relay_use(now, &key);

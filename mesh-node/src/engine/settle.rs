@@ -8,7 +8,7 @@ use mesh_nat::{Path, agent, report};
 use mesh_noise::key::NodePublic;
 use mesh_noise::wireguard;
 
-use super::{ACTIVITY_INTERVAL, Command, Engine, Event, Hop, SEALED, Transmit};
+use super::{Command, Engine, Event, Hop, SEALED, Transmit};
 
 impl Engine {
     /// Empties the inner cores after any input, then brings what depends on them up to date.
@@ -26,7 +26,7 @@ impl Engine {
         if self.live_sessions == 0 {
             self.next_activity = None;
         } else if self.next_activity.is_none() {
-            self.next_activity = Some(now + ACTIVITY_INTERVAL);
+            self.next_activity = Some(now + self.activity_interval);
         }
     }
 
@@ -35,10 +35,11 @@ impl Engine {
         let mut hastened = false;
         while let Some(key) = self.moved.pop_first() {
             let path = self.current_path(&key);
+            let why = self.agent.status(&key).map_or(agent::Why::NoDisco, |status| status.why);
             let Some(peer) = self.peers.get_mut(&key).filter(|peer| peer.path != path) else { continue };
             peer.path = path;
             self.commands.push_back(Command::SetPath(key, path));
-            self.events.push_back(Event::PathChanged { peer: key, path });
+            self.events.push_back(Event::PathChanged { peer: key, path, why });
             if path.is_some() {
                 // An initiation that had no way, or went the former one, is not worth waiting for.
                 self.interface.retry_handshake(now, &key, Duration::ZERO);
@@ -65,6 +66,12 @@ impl Engine {
                 agent::Event::PathChanged { peer, .. } => {
                     self.moved.insert(peer);
                 }
+                agent::Event::BackupChanged { peer, backup } => {
+                    if let Some(known) = self.peers.get_mut(&peer) {
+                        known.backup = backup;
+                        self.commands.push_back(Command::SetBackup(peer, backup));
+                    }
+                }
                 agent::Event::LimitChanged { peer, limit } => {
                     let limit = limit.map(|datagram| datagram.saturating_sub(SEALED));
                     self.commands.push_back(Command::SetLimit(peer, limit));
@@ -85,6 +92,10 @@ impl Engine {
             busy = true;
             let hop = transmit.path.or_else(|| {
                 let path = self.current_path(&transmit.peer?)?;
+                // While that is in doubt, the relay gets a copy; whoever sees both drops the second.
+                if let Some(backup) = self.peers.get(&transmit.peer?).and_then(|peer| peer.backup) {
+                    self.transmit(now, backup, transmit.peer, transmit.datagram.clone());
+                }
                 Some(Hop { path, node: transmit.peer })
             });
             match hop {

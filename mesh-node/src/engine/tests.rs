@@ -44,11 +44,14 @@ struct Host {
     send: BTreeMap<NodePublic, Arc<Session>>,
     receive: BTreeMap<u32, Arc<Session>>,
     paths: BTreeMap<NodePublic, Option<Path>>,
+    backups: BTreeMap<NodePublic, Option<Path>>,
     /// Every path command, in order.
     history: Vec<Option<Path>>,
     announced: Option<Announcement>,
     events: Vec<Event>,
     received: Vec<(Path, Vec<u8>)>,
+    /// When each of them came.
+    times: Vec<Instant>,
 }
 
 enum Parcel {
@@ -92,10 +95,12 @@ impl World {
                 send: BTreeMap::new(),
                 receive: BTreeMap::new(),
                 paths: BTreeMap::new(),
+                backups: BTreeMap::new(),
                 history: Vec::new(),
                 announced: None,
                 events: Vec::new(),
                 received: Vec::new(),
+                times: Vec::new(),
             });
         }
         let stun = Responder::new(Audience::Members);
@@ -214,6 +219,9 @@ impl World {
                     host.paths.remove(&peer);
                 }
                 Command::Announce(announcement) => host.announced = Some(announcement),
+                Command::SetBackup(peer, backup) => {
+                    host.backups.insert(peer, backup);
+                }
                 Command::SetPeers(_)
                 | Command::SetLimit(..)
                 | Command::Configure(_)
@@ -293,7 +301,10 @@ impl World {
         if session.activity().note_sent(host.engine.clock_ms(self.now), 1, length as u64) {
             host.engine.peer_active(self.now, &peer);
         }
-        self.carry(from, path, Some(peer), datagram);
+        let backup = host.backups.get(&peer).copied().flatten();
+        for path in std::iter::once(path).chain(backup) {
+            self.carry(from, path, Some(peer), datagram.clone());
+        }
         true
     }
 
@@ -304,12 +315,17 @@ impl World {
         let Some(session) = host.receive.get(&index).cloned() else { return };
         let opened = session.open(&mut datagram).unwrap();
         let packet = opened.packet.to_vec();
+        if !session.replay().accept(opened.counter) {
+            return;
+        }
         if session.activity().note_received(host.engine.clock_ms(self.now), 1, packet.len() as u64) {
             host.engine.peer_active(self.now, &session.peer());
         }
         host.engine.session_used(self.now, index);
+        host.engine.path_seen(self.now, &session.peer(), from.path);
         if !packet.is_empty() {
             host.received.push((from.path, packet));
+            host.times.push(self.now);
         }
     }
 }
@@ -381,6 +397,33 @@ fn converse(world: &mut World, time: Duration) {
         world.send(0, b"0123456789abcdef");
         world.send(1, b"0123456789abcdef");
         world.run(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn data_pauses_for_less_than_a_second_when_the_direct_path_dies() {
+    for offset in 0..8 {
+        let mut world = World::new();
+        world.run_until(Duration::from_secs(5), |world| world.hosts.iter().all(|host| host.engine.home().is_some()));
+        world.publish();
+        converse(&mut world, Duration::from_millis(15_000 + 400 * offset));
+        assert!(world.path(0).is_some_and(|path| path.is_direct()), "{:?}", world.path(0));
+        let relayed = |world: &World| {
+            world.hosts.iter().flat_map(|host| &host.received).filter(|(path, _)| path.is_relay()).count()
+        };
+        let before = relayed(&world);
+        converse(&mut world, Duration::from_secs(10));
+        assert_eq!(relayed(&world), before, "a sound path needs no copies");
+        world.direct_works = false;
+        let lost = world.now;
+        converse(&mut world, Duration::from_secs(8));
+        for host in &world.hosts {
+            let came = host.times.iter().copied().filter(|at| *at >= lost);
+            let ends = std::iter::once(lost).chain(came.clone()).zip(came.chain([world.now]));
+            let pause = ends.map(|(one, next)| next - one).max().unwrap();
+            assert!(pause <= Duration::from_secs(1), "offset {offset}: {pause:?}");
+        }
+        assert!(world.hosts.iter().all(|host| host.backups.values().all(Option::is_none)), "in doubt for ever");
     }
 }
 

@@ -120,7 +120,9 @@ impl Activity {
         self.last_data_received.load(SeqCst)
     }
 
-    pub(crate) fn unanswered(&self) -> u64 {
+    /// When data was first sent after anything was last received; 0 if all was answered.
+    #[must_use]
+    pub fn unanswered(&self) -> u64 {
         self.unanswered.load(SeqCst)
     }
 
