@@ -74,7 +74,8 @@ pub(crate) struct Coordinator {
     /// The URL that nodes use to reach this server.
     #[arg(long)]
     pub(crate) url: String,
-    /// Addresses of the STUN responder; a further port is published as a STUN-only node.
+    /// Addresses of the STUN responder; a further port is published as a STUN-only node, and shows nodes whether their NAT
+    /// treats ports of one host alike.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) stun: Vec<SocketAddr>,
     /// The id of the embedded relay's region.
@@ -185,6 +186,9 @@ pub(crate) struct Status {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Say why packets to this peer take the path that they take: its name or mesh address.
+    #[arg(long, value_name = "PEER")]
+    pub(crate) why: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -393,6 +397,7 @@ mod tests {
             "mesh admin --state-dir d nodes approve http://x/register/abc --user alice",
             "mesh --socket s up --login-server http://203.0.113.1 --auth-key k --hostname h --timeout 30s --json",
             "mesh --socket s status --json",
+            "mesh --socket s status --why peer",
             "mesh --socket s ip",
             "mesh --socket s netcheck --json",
             "mesh --socket s down",

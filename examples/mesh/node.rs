@@ -85,7 +85,12 @@ pub(crate) async fn logout(socket: PathBuf) -> anyhow::Result<()> {
 /// `mesh status`.
 pub(crate) async fn status(socket: PathBuf, options: &cli::Status) -> anyhow::Result<()> {
     let status = Client::new(socket).status().await?;
-    if options.json {
+    if let Some(wanted) = &options.why {
+        let known = status.peers.iter().find(|peer| is_called(&peer.name, &peer.addresses, wanted));
+        let peer = known.with_context(|| format!("no peer is called or addressed {wanted:?}; see `mesh status`"))?;
+        let text = if options.json { serde_json::to_string_pretty(peer)? } else { output::why(peer) };
+        output::print(&text)?;
+    } else if options.json {
         output::print(&serde_json::to_string_pretty(&status)?)?;
     } else {
         output::print(&output::status(&status))?;
@@ -102,11 +107,7 @@ pub(crate) async fn ip(socket: PathBuf, peer: Option<String>) -> anyhow::Result<
             let status = client.status().await?;
             let this = (status.this.name, status.this.addresses);
             let all = status.peers.into_iter().map(|peer| (peer.name, peer.addresses)).chain([this]);
-            let found = all.into_iter().find(|(name, addresses)| {
-                name.eq_ignore_ascii_case(&peer)
-                    || name.split('.').next().is_some_and(|short| short.eq_ignore_ascii_case(&peer))
-                    || cli::as_address(&peer).is_some_and(|address| addresses.contains(&address))
-            });
+            let found = all.into_iter().find(|(name, addresses)| is_called(name, addresses, &peer));
             found.with_context(|| format!("no peer is called or addressed {peer:?}; see `mesh status`"))?.1
         }
     };
@@ -114,6 +115,13 @@ pub(crate) async fn ip(socket: PathBuf, peer: Option<String>) -> anyhow::Result<
         output::print(&address.to_string())?;
     }
     Ok(())
+}
+
+/// Whether a node is meant by `wanted`: its name, full or short, or one of its addresses.
+fn is_called(name: &str, addresses: &[std::net::IpAddr], wanted: &str) -> bool {
+    name.eq_ignore_ascii_case(wanted)
+        || name.split('.').next().is_some_and(|short| short.eq_ignore_ascii_case(wanted))
+        || cli::as_address(wanted).is_some_and(|address| addresses.contains(&address))
 }
 
 /// `mesh ping`. Ends well if a peer answered; with `--until-direct` only if it answered on the direct path.

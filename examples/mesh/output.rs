@@ -148,6 +148,26 @@ fn peer_path(peer: &PeerStatus) -> String {
     if peer.online == Some(false) { "offline".to_owned() } else { path(&peer.path) }
 }
 
+/// Why packets to one peer go where they go: `mesh status --why`.
+pub(crate) fn why(peer: &PeerStatus) -> String {
+    let mut text = format!("{}: {}", peer.name.split('.').next().unwrap_or(&peer.name), peer_path(peer));
+    let Some(why) = &peer.why else {
+        text.push_str(", no more is known yet");
+        return text;
+    };
+    let _ = write!(text, ", because {}", why.reason);
+    let _ = write!(text, "\nchanged {}", since(why.since));
+    if let Some(ms) = why.rtt_ms {
+        let _ = write!(text, ", round trip {ms:.1} ms");
+    }
+    match why.mtu {
+        Some(bytes) => drop(write!(text, ", packets of up to {bytes} bytes")),
+        None => text.push_str(", packets of any length that the device has"),
+    }
+    let _ = write!(text, ", {} addresses known", why.candidates);
+    text
+}
+
 /// A path in two words.
 pub(crate) fn path(path: &PathStatus) -> String {
     let endpoint = || path.endpoint.map_or_else(String::new, |endpoint| endpoint.to_string());
@@ -172,19 +192,16 @@ pub(crate) fn via(via: &Via) -> String {
 /// The report of `mesh netcheck`.
 pub(crate) fn netcheck(report: &NetcheckReport) -> String {
     let yes_no = |known: bool| if known { "yes" } else { "no" };
-    let mut text = format!("UDP: {}\n", yes_no(report.udp));
+    let mut text = String::new();
     for (family, works, address) in [("IPv4", report.ipv4, report.global_v4), ("IPv6", report.ipv6, report.global_v6)] {
         match address {
             Some(address) => drop(writeln!(text, "{family}: yes, seen as {address}")),
             None => drop(writeln!(text, "{family}: {}", yes_no(works))),
         }
     }
-    let varies = match report.mapping_varies_by_dest_ip {
-        None => "unknown (too few answers)",
-        Some(true) => "yes: direct paths are harder",
-        Some(false) => "no",
-    };
-    let _ = writeln!(text, "address varies by destination: {varies}");
+    for line in report.words() {
+        let _ = writeln!(text, "{line}");
+    }
     let gateway = &report.port_mapping;
     let spoken = [("PCP", gateway.pcp), ("NAT-PMP", gateway.nat_pmp), ("UPnP", gateway.upnp)];
     if spoken.iter().any(|(_, spoken)| spoken.is_some()) {

@@ -16,7 +16,7 @@ mod relays;
 mod report;
 mod session;
 
-pub(crate) use clock::Clock;
+pub(crate) use clock::{Clock, SleepWatch};
 pub(crate) use host::{HostNetwork, Sockets, TunHost};
 pub(crate) use plane::Plane;
 pub(crate) use portmaps::PortMaps;
@@ -96,6 +96,7 @@ pub(crate) struct Driver {
     /// Our own peer relay, if we offer one.
     pub(crate) peer_relay: Option<Arc<PeerRelay>>,
     pub(crate) session: Option<Session>,
+    pub(crate) sleep: SleepWatch,
 }
 
 impl Driver {
@@ -142,6 +143,12 @@ impl Driver {
                     if let Some(session) = &mut self.session {
                         session.handle_timeout(self.clock.now());
                     }
+                }
+            }
+            if let Some(slept) = self.sleep.slept(self.clock.passed()) {
+                tracing::info!(?slept, "this machine was suspended; connecting anew");
+                if let Some(session) = &mut self.session {
+                    session.resumed(self.clock.now());
                 }
             }
             self.settle();

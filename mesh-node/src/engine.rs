@@ -62,7 +62,7 @@ const ACTIVITY_SOON: Duration = Duration::from_millis(200);
 const NOT_AT_RELAY: Duration = Duration::from_millis(300);
 
 /// What sealing adds to a packet.
-const SEALED: usize = wireguard::HEADER_LEN + wireguard::TAG_LEN;
+pub(crate) const SEALED: usize = wireguard::HEADER_LEN + wireguard::TAG_LEN;
 
 #[derive(Debug)]
 struct Peer {
@@ -217,7 +217,7 @@ impl Engine {
     pub fn peer(&self, peer: &NodePublic) -> Option<PeerReport> {
         let known = self.peers.get(peer)?;
         let discovery = self.agent.status(peer);
-        Some(PeerReport { path: self.current_path(peer), last_handshake: known.last_handshake, discovery })
+        Some(PeerReport { path: self.current_path(peer), discovery, last_handshake: known.last_handshake })
     }
 
     /// Datagrams that could not be sent for want of any path.
@@ -256,7 +256,12 @@ impl Engine {
             self.netcheck.heard_by_relay(now, region);
         }
         let outcome = match classify(datagram) {
-            Class::Stun => self.netcheck.handle_datagram(now, datagram).map_err(|reject| reject.to_string()),
+            Class::Stun => match source {
+                Some(source) => {
+                    self.netcheck.handle_datagram_from(now, source, datagram).map_err(|reject| reject.to_string())
+                }
+                None => Err("stun through a relay".to_owned()),
+            },
             Class::Disco | Class::RelayedDisco { .. } => {
                 let source = agent::Source { path: from.path, node: from.node };
                 self.agent.handle_datagram(now, source, datagram).map_err(|reject| reject.to_string())
@@ -346,11 +351,13 @@ impl Engine {
         if self.local != local {
             self.local = local;
             self.announce = true;
+            self.netcheck.set_ports(sockets);
             let sockets: Vec<_> = sockets.iter().map(|(id, bound)| (*id, Family::of(bound))).collect();
             self.agent.set_sockets(sockets.clone());
             self.agent.rebind(now);
             self.netcheck.set_sockets(sockets);
-            self.netcheck.forget_names();
+            self.netcheck.set_interfaces(self.local.addresses.iter().map(|found| found.network.addr()));
+            self.netcheck.forget_network();
             self.start_measuring(now, Scope::Full);
         }
         self.settle(now);
@@ -363,6 +370,14 @@ impl Engine {
             self.announce = true;
             self.settle(now);
         }
+    }
+
+    /// The machine has slept: nothing that was proven about paths holds any more, and the network may be another one.
+    pub fn resumed(&mut self, now: Instant) {
+        self.agent.rebind(now);
+        self.netcheck.forget_network();
+        self.start_measuring(now, Scope::Full);
+        self.settle(now);
     }
 
     /// The device's largest packet has so many bytes: paths are probed whether they carry it.
@@ -412,6 +427,19 @@ impl Engine {
     /// The addresses of a host that [`Command::Resolve`] has named.
     pub fn resolved(&mut self, now: Instant, host: &str, addresses: Vec<IpAddr>) {
         self.netcheck.handle_resolved(now, host, addresses);
+        self.settle(now);
+    }
+
+    /// The sockets that [`Command::OpenSockets`] asked for, and what they are bound to. What they receive comes to
+    /// [`handle_datagram`](Self::handle_datagram), what they should send out of [`poll_transmit`](Self::poll_transmit).
+    pub fn spare_sockets(&mut self, now: Instant, sockets: &[(mesh_nat::SocketId, SocketAddr)]) {
+        self.netcheck.handle_sockets(now, sockets);
+        self.settle(now);
+    }
+
+    /// What [`Command::LookForPortal`] has found; none if nobody answered.
+    pub fn portal(&mut self, now: Instant, found: Option<bool>) {
+        self.netcheck.handle_portal(now, found);
         self.settle(now);
     }
 

@@ -104,10 +104,19 @@ pub(crate) async fn tcp(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, Er
     Ok(listeners)
 }
 
-/// Starts a STUN responder on each address.
+/// Starts a STUN responder on each address. Two ports of one address are a pair, each answering for the other on request:
+/// that shows a client whether its NAT filters by port.
 pub(crate) async fn stun(addresses: &[SocketAddr], tasks: &mut JoinSet<()>) -> Result<(), Error> {
-    for address in addresses {
-        let server = StunServer::bind(*address).await.map_err(|source| listen_error("STUN", *address, source))?;
+    let mut waiting = addresses.to_vec();
+    while let Some(address) = waiting.first().copied() {
+        waiting.remove(0);
+        let mut server = StunServer::bind(address).await.map_err(|source| listen_error("STUN", address, source))?;
+        let same_host = |other: &SocketAddr| other.ip() == address.ip() && other.port() != address.port();
+        if let Some(index) = waiting.iter().position(same_host) {
+            let other = waiting.remove(index);
+            let paired = server.with_other_port(other.port()).await;
+            server = paired.map_err(|source| listen_error("STUN", other, source))?;
+        }
         tasks.spawn(async move { match server.run().await {} });
     }
     Ok(())

@@ -165,6 +165,9 @@ pub struct PeerStatus {
     pub online: Option<bool>,
     /// Where packets to it go at present.
     pub path: PathStatus,
+    /// Since when, how well and why they go there; none before the node knows the peer.
+    #[serde(default)]
+    pub why: Option<WhyStatus>,
     /// Bytes of packets received from it, all paths.
     pub rx_bytes: u64,
     /// Bytes of packets sent to it, all paths.
@@ -179,6 +182,21 @@ pub struct PeerStatus {
     pub endpoints: Vec<SocketAddr>,
     /// The relay region where it listens.
     pub home_region: Option<RegionId>,
+}
+
+/// Why packets to a peer go where they go: `mesh status --why`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct WhyStatus {
+    /// The reason, in words.
+    pub reason: String,
+    /// Since when the path is what it is, in seconds since 1970.
+    pub since: u64,
+    /// The direct path's smoothed round trip, in milliseconds; none through a relay.
+    pub rtt_ms: Option<f64>,
+    /// The longest packet that arrives there, in bytes; none if the device sets the only limit.
+    pub mtu: Option<usize>,
+    /// How many addresses of the peer are known.
+    pub candidates: usize,
 }
 
 /// Where packets to a peer go.

@@ -18,6 +18,39 @@ pub(crate) struct Clock {
     wall: SystemTime,
 }
 
+/// A sleep shorter than this changes nothing about the network.
+const SHORT_SLEEP: Duration = Duration::from_secs(5);
+
+/// Notices that the machine has slept: one clock has counted on, the other has not.
+#[derive(Debug, Default)]
+pub(crate) struct SleepWatch {
+    /// All sleep that is known of.
+    known: Duration,
+}
+
+impl SleepWatch {
+    /// Given how much time has passed on either clock since the same moment, says how long the machine has slept since
+    /// this was last asked; none if it hardly has.
+    pub(crate) fn slept(&mut self, passed: Passed) -> Option<Duration> {
+        let slept = passed.boot.saturating_sub(passed.awake);
+        let since = slept.saturating_sub(self.known);
+        if since < SHORT_SLEEP {
+            return None;
+        }
+        self.known = slept;
+        Some(since)
+    }
+}
+
+/// Time that has passed since a node's start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Passed {
+    /// With the time asleep.
+    pub(crate) boot: Duration,
+    /// Without it.
+    pub(crate) awake: Duration,
+}
+
 fn boot_time() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
@@ -28,6 +61,15 @@ impl Clock {
     #[expect(clippy::disallowed_methods, reason = "the one place where a node reads the system's clocks")]
     pub(crate) fn start() -> Self {
         Self { start: Instant::now(), boot: boot_time(), wall: SystemTime::now() }
+    }
+
+    /// How much time has passed since the start, with and without sleep.
+    #[expect(clippy::disallowed_methods, reason = "the one place where a node reads the system's clocks")]
+    pub(crate) fn passed(&self) -> Passed {
+        Passed {
+            boot: boot_time().saturating_sub(self.boot),
+            awake: Instant::now().saturating_duration_since(self.start),
+        }
     }
 
     /// When the clock was started.
@@ -65,6 +107,20 @@ impl Clock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sleep_is_noticed_once_and_a_short_one_not_at_all() {
+        let seconds = Duration::from_secs;
+        let passed = |boot, awake| Passed { boot: seconds(boot), awake: seconds(awake) };
+        let mut watch = SleepWatch::default();
+        assert_eq!(watch.slept(passed(100, 100)), None);
+        assert_eq!(watch.slept(passed(104, 102)), None);
+        assert_eq!(watch.slept(passed(3700, 103)), Some(seconds(3597)));
+        assert_eq!(watch.slept(passed(3800, 203)), None);
+        assert_eq!(watch.slept(passed(3900, 290)), Some(seconds(13)));
+        let clock = Clock::start();
+        assert_eq!(SleepWatch::default().slept(clock.passed()), None);
+    }
 
     #[tokio::test]
     async fn the_clock_goes_on_and_agrees_with_the_wall() {

@@ -89,7 +89,10 @@ impl Plane {
             | Command::Announce(_)
             | Command::Allocate { .. }
             | Command::MeasureHttps(_)
-            | Command::Resolve(_) => {}
+            | Command::Resolve(_)
+            | Command::OpenSockets(_)
+            | Command::CloseSockets
+            | Command::LookForPortal(_) => {}
         }
     }
 

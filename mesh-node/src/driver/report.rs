@@ -4,7 +4,7 @@ use mesh_control::netmap::Netmap;
 use mesh_control::wire::Node;
 
 use super::Driver;
-use crate::status::{NodeState, PeerStatus, STATUS_VERSION, SelfStatus, Status};
+use crate::status::{NodeState, PeerStatus, STATUS_VERSION, SelfStatus, Status, WhyStatus};
 
 impl Driver {
     /// The node and its peers as of now.
@@ -81,6 +81,13 @@ impl Driver {
             os: node.hostinfo.as_ref().map(|hostinfo| hostinfo.os.clone()).filter(|os| !os.is_empty()),
             online: node.online,
             path: report.and_then(|report| report.path).into(),
+            why: report.and_then(|report| report.discovery).map(|found| WhyStatus {
+                reason: found.why.to_string(),
+                since: self.clock.unix(found.since),
+                rtt_ms: found.latency.map(|latency| latency.as_secs_f64() * 1e3),
+                mtu: found.limit.map(|datagram| datagram.saturating_sub(crate::engine::SEALED)),
+                candidates: found.candidates,
+            }),
             rx_bytes: direct.rx_bytes + relay.rx_bytes,
             tx_bytes: direct.tx_bytes + relay.tx_bytes,
             last_handshake: report.and_then(|report| report.last_handshake).map(|moment| self.clock.unix(moment)),

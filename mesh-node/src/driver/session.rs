@@ -15,9 +15,11 @@ use mesh_derp::map::{DerpRegion, FamilyAddress, RegionId};
 use mesh_derp::tls::ClientTls;
 use mesh_nat::agent::PingId;
 use mesh_nat::disco::message::AllocateResponse;
-use mesh_nat::{Family, Path};
+use mesh_nat::driver::{SpareSockets, look_for_portal};
+use mesh_nat::{Family, Path, SocketId};
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, MachinePublic, NodePrivate, NodePublic};
 use mesh_noise::random::SystemRng;
+use mesh_tun::linux::BYPASS_MARK;
 use tokio::sync::mpsc;
 
 use super::control::{self, ControlTask};
@@ -41,12 +43,17 @@ const JOB_QUEUE: usize = 16;
 /// How long one HTTPS measurement, or one look-up of a name, may take.
 const JOB_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Stands for any of the sockets that were opened for a measurement.
+const SPARE: SocketId = SocketId(u16::MAX);
+
 /// What a session waits for.
 #[derive(Debug)]
 pub(crate) enum Input {
     Control(Option<(ControlEvent, Option<MachinePublic>)>),
     Relay(RegionId, RelayEvent),
     Job(Job),
+    /// Arrived on a socket that was opened for a measurement.
+    Spare(SocketAddr, Vec<u8>),
 }
 
 /// What small jobs beside the session have found out.
@@ -54,6 +61,8 @@ pub(crate) enum Input {
 pub(crate) enum Job {
     Https(RegionId, Option<(Duration, Family)>),
     Resolved(String, Vec<IpAddr>),
+    Portal(Option<bool>),
+    Sockets(Vec<(SocketId, SocketAddr)>),
 }
 
 /// The engine and the tasks that serve it.
@@ -85,6 +94,8 @@ pub(crate) struct Session {
     /// Allocations on our peer relay that the engine has not heard of yet.
     allocated: Vec<(NodePublic, AllocateResponse)>,
     clock: Clock,
+    /// Sockets that live as long as a measurement.
+    spare: SpareSockets,
 }
 
 impl Session {
@@ -158,6 +169,7 @@ impl Session {
             netchecks: Vec::new(),
             allocated: Vec::new(),
             clock: driver.clock,
+            spare: SpareSockets::new(),
         })
     }
 
@@ -200,6 +212,7 @@ impl Session {
             event = self.control.next_event() => Input::Control(event),
             Some((region, event)) = self.relay_events.recv() => Input::Relay(region, event),
             Some(job) = self.jobs.recv() => Input::Job(job),
+            (source, datagram) = self.spare.receive() => Input::Spare(source, datagram),
         }
     }
 
@@ -214,6 +227,13 @@ impl Session {
             Input::Relay(region, event) => self.handle_relay(now, region, event),
             Input::Job(Job::Https(region, measured)) => self.engine.https_latency(now, region, measured),
             Input::Job(Job::Resolved(host, addresses)) => self.engine.resolved(now, &host, addresses),
+            Input::Job(Job::Portal(found)) => self.engine.portal(now, found),
+            Input::Job(Job::Sockets(opened)) => self.engine.spare_sockets(now, &opened),
+            Input::Spare(remote, datagram) => {
+                // Whichever of them it was: what is answered names itself.
+                let path = Path::Direct { socket: SPARE, remote };
+                self.engine.handle_datagram(now, &Hop { path, node: None }, &datagram);
+            }
         }
     }
 
@@ -360,6 +380,17 @@ impl Session {
         }
     }
 
+    /// The machine has slept: whoever was connected has given up on us, and NATs have forgotten.
+    pub(super) fn resumed(&mut self, now: Instant) {
+        self.engine.resumed(now);
+        self.relays.reconnect();
+        if self.state.is_running() {
+            self.control.reconnect();
+        } else {
+            self.control.retry_now();
+        }
+    }
+
     pub(super) fn set_mode(&mut self, now: Instant, mode: PathMode) {
         self.engine.set_mode(now, mode);
     }
@@ -404,6 +435,9 @@ impl Session {
                     }
                 }
                 (Path::Relay { .. }, None) => {}
+                (Path::Direct { socket, remote }, _) if self.spare.contains(socket) => {
+                    self.spare.send(socket, remote, &transmit.datagram);
+                }
                 (Path::Direct { socket, remote }, _) => plane.send_to(socket, remote, &transmit.datagram),
                 // The engine makes datagrams to the server of these.
                 (Path::PeerRelay { .. }, _) => {}
@@ -430,6 +464,14 @@ impl Session {
             Command::MeasureHttps(region) => self.measure_https(region),
             Command::Resolve(host) => self.resolve(host),
             Command::Allocate { from, clients, generation } => self.allocate(from, clients, generation),
+            Command::LookForPortal(checks) => {
+                self.job(async move { Job::Portal(look_for_portal(checks).await) });
+            }
+            Command::OpenSockets(count) => {
+                let opened = self.spare.open(count, Some(BYPASS_MARK));
+                self.job(std::future::ready(Job::Sockets(opened)));
+            }
+            Command::CloseSockets => self.spare = SpareSockets::new(),
             Command::Configure(map) => {
                 host.configure(&map);
                 plane.apply(Command::Configure(map));

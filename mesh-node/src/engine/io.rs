@@ -6,8 +6,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_derp::map::{DerpMap, RegionId};
 use mesh_nat::Path;
-use mesh_nat::agent::{PingId, Why};
-use mesh_nat::report::Report;
+use mesh_nat::agent::{self, PingId, Why};
+use mesh_nat::report::{PortalCheck, Report};
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use mesh_noise::wireguard::{Session, Timing};
 
@@ -116,6 +116,13 @@ pub enum Command {
     Announce(Announcement),
     /// Measure this region over HTTPS, for UDP brings no answer, and call [`Engine::https_latency`](super::Engine::https_latency).
     MeasureHttps(RegionId),
+    /// Open so many UDP sockets for the moment that a measurement takes and call
+    /// [`Engine::spare_sockets`](super::Engine::spare_sockets).
+    OpenSockets(usize),
+    /// The measurement is over: close them.
+    CloseSockets,
+    /// Find out whether somebody answers HTTP in others' place and call [`Engine::portal`](super::Engine::portal).
+    LookForPortal(Vec<PortalCheck>),
     /// Look this host up and call [`Engine::resolved`](super::Engine::resolved).
     Resolve(String),
     /// Our own peer relay: allocate for these two clients, and call
@@ -173,8 +180,9 @@ pub enum Event {
 pub struct PeerReport {
     /// Where packets to it go.
     pub path: Option<Path>,
+    /// How path discovery sees it: round trip, longest datagram, since when and why the path is what it is. None if
+    /// the peer takes no part in it.
+    pub discovery: Option<agent::PeerStatus>,
     /// When the current session was agreed.
     pub last_handshake: Option<Instant>,
-    /// What path discovery knows; none if the peer takes no part in it.
-    pub discovery: Option<mesh_nat::agent::PeerStatus>,
 }

@@ -39,20 +39,27 @@ impl Engine {
         self.last_active.is_some_and(|last| now.saturating_duration_since(last) < ACTIVE)
     }
 
-    pub(super) fn measured(&mut self, now: Instant, report: Report) {
+    /// Home and addresses are known; what the NAT does is still being found out.
+    pub(super) fn located(&mut self, now: Instant, report: Report) {
         let home = self.relays.home();
         let wanted = report.preferred.or(home).or_else(|| fallback_home(&self.map.derp, &self.me));
         if home.is_none() || self.control_connected {
             self.relays.set_home(now, wanted);
         }
         self.netcheck.set_home(self.relays.home());
+        self.agent.set_behaviour(report.nat_v4);
         self.announce = true;
+        self.report = Some(Box::new(report));
+    }
+
+    pub(super) fn measured(&mut self, now: Instant, report: Report) {
+        self.located(now, report.clone());
+        self.commands.push_back(Command::CloseSockets);
         if std::mem::take(&mut self.measure_again) {
             self.start_measuring(now, Scope::Full);
         } else if self.is_active(now) {
             self.plan_measuring(now);
         }
-        self.report = Some(Box::new(report.clone()));
         self.events.push_back(Event::Measured(Box::new(report)));
     }
 

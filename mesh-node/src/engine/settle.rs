@@ -80,7 +80,11 @@ impl Engine {
                     self.commands.push_back(Command::Allocate { from, clients, generation });
                 }
                 agent::Event::PeerMapped { .. } => {}
-                _ => {}
+                // Guessing is switched off in `Engine::new`.
+                agent::Event::OpenSockets { .. }
+                | agent::Event::CloseSocket { .. }
+                | agent::Event::Guessed { .. }
+                | _ => {}
             }
         }
         busy
@@ -157,7 +161,10 @@ impl Engine {
         while let Some(event) = self.netcheck.poll_event() {
             busy = true;
             match event {
+                report::Event::Located(report) => self.located(now, report),
                 report::Event::Finished(report) => self.measured(now, report),
+                report::Event::WantSockets { count } => self.commands.push_back(Command::OpenSockets(count)),
+                report::Event::WantPortalCheck(checks) => self.commands.push_back(Command::LookForPortal(checks)),
                 report::Event::WantHttpsLatency { region } => self.commands.push_back(Command::MeasureHttps(region)),
                 report::Event::Resolve { host } => self.commands.push_back(Command::Resolve(host)),
                 _ => {}

@@ -228,6 +228,9 @@ impl World {
                 | Command::Relays(_)
                 | Command::Regions(_)
                 | Command::Resolve(_)
+                | Command::OpenSockets(_)
+                | Command::CloseSockets
+                | Command::LookForPortal(_)
                 | Command::Allocate { .. }
                 | Command::GiveUp(_) => {}
                 Command::MeasureHttps(region) => {

@@ -20,7 +20,9 @@ use tokio_util::sync::CancellationToken;
 use super::service::ServiceDevice;
 use super::{Inner, Node, UpOptions};
 use crate::dns::{self, Names};
-use crate::driver::{Clock, Driver, Fixed, HostNetwork, Plane, PortMaps, RelaySender, Shared, Sockets, TunHost};
+use crate::driver::{
+    Clock, Driver, Fixed, HostNetwork, Plane, PortMaps, RelaySender, Shared, SleepWatch, Sockets, TunHost,
+};
 use crate::error::Error;
 use crate::forward::{self, Forwarder};
 use crate::netstack::{self, Netstack, SERVICE_V4, SERVICE_V6};
@@ -294,6 +296,7 @@ impl Builder {
             relay_sender,
             peer_relay,
             session: None,
+            sleep: SleepWatch::default(),
         };
         let (requests, wanted) = mpsc::channel(REQUEST_QUEUE);
         let task = tokio::spawn(driver.run(wanted, notices, stop.clone()));
