@@ -127,6 +127,8 @@ impl Engine {
         let seeds = Seeds::split(config.seed);
         let mut agent = Agent::new(now, config.disco, me, seeds.agent);
         agent.set_mode(config.mode.into());
+        // It takes sockets that nobody opens yet.
+        agent.set_guessing(now, false);
         let interface =
             Interface::new(config.epoch, config.wall, &config.private, seeds.interface).with_timing(config.timing);
         Self {
