@@ -83,6 +83,7 @@ struct Crowd {
 }
 
 impl Crowd {
+    #[expect(clippy::disallowed_methods, reason = "an instant can only come from the clock; it never moves here")]
     fn new(count: u32) -> anyhow::Result<(Self, u64)> {
         let (start, hub) = (Instant::now(), DiscoPrivate::from_bytes([9; 32]));
         let peers: Vec<_> = (1..=count).map(|number| Peer::new(number, &hub.public())).collect();
@@ -139,7 +140,7 @@ impl Crowd {
             if self.agent.poll_timeout().is_some_and(|due| due <= self.start + self.now) {
                 self.timed(Agent::handle_timeout);
             }
-            if self.now.as_millis() % LOOK.as_millis() == 0 {
+            if self.now.as_millis().is_multiple_of(LOOK.as_millis()) {
                 let nodes: Vec<_> = self.peers.iter().map(|peer| peer.node).collect();
                 self.timed(|agent, now| {
                     for node in &nodes {
