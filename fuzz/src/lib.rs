@@ -108,6 +108,14 @@ pub fn agent(bytes: &[u8]) {
     session::agent(epoch(), bytes);
 }
 
+/// Datagrams that a peer relay's server receives, from anybody and from a client.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn relay_server(bytes: &[u8]) {
+    session::relay_server(epoch(), bytes);
+}
+
 /// The control channel's handshake, records and frames, and the requests that control sends to a node.
 ///
 /// # Panics
@@ -301,6 +309,7 @@ mod tests {
         mutate("wireguard_pair", super::wireguard_pair, 300);
         mutate("uapi", super::uapi, 3000);
         mutate("agent", super::agent, 300);
+        mutate("relay_server", super::relay_server, 300);
         mutate("channel", super::channel, 300);
         mutate("derp_session", super::derp_session, 1000);
         mutate("masquerade", super::masquerade, 3000);
@@ -317,6 +326,7 @@ mod tests {
         replay("derp_session", super::derp_session);
         replay("stun", super::stun);
         replay("disco", super::disco);
+        replay("relay_server", super::relay_server);
         replay("derp_frame", super::derp_frame);
         replay("control", super::control);
         replay("ip_packet", super::ip_packet);

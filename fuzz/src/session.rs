@@ -11,6 +11,8 @@ use mesh_derp::login::ServerInfo;
 use mesh_nat::agent::{Agent, PeerConfig, Source};
 use mesh_nat::disco::seal;
 use mesh_nat::path::{Path, SocketId};
+use mesh_nat::relay::geneve::{self, Content};
+use mesh_nat::relay::server::{Config, Handled, Server};
 use mesh_noise::key::{DiscoPrivate, MachinePrivate, NodePrivate, RelayPrivate};
 use mesh_noise::random::SeededRng;
 
@@ -46,6 +48,33 @@ pub(crate) fn agent(now: Instant, bytes: &[u8]) {
         let Some(next) = agent.poll_timeout() else { break };
         agent.handle_timeout(next);
         assert!(agent.poll_timeout().is_none_or(|later| later > next), "a deadline stays due");
+    }
+}
+
+/// A peer relay's server takes a datagram as it is, behind a header, and as a message that a client of a pair has sealed.
+/// It never answers with more than it was sent, and forwards nothing before both clients have bound.
+pub(crate) fn relay_server(now: Instant, bytes: &[u8]) {
+    let [ours, client, other] = [1, 2, 3].map(|number| DiscoPrivate::from_bytes([number; 32]));
+    let mut server = Server::new(now, ours.clone(), [5; 32], Config::default());
+    server.set_addresses(vec![([203, 0, 113, 1], 7777).into()]);
+    let pair = [client.public(), other.public()];
+    let vni = server.allocate(now, pair).expect("the server has an address").vni;
+    let sealed = seal::seal(&client.public(), &client.box_with(&ours.public()), &mut rng(), bytes);
+    let source = ([192, 0, 2, 1], 41641).into();
+    let datagrams = [
+        bytes.to_vec(),
+        geneve::encapsulate(vni, Content::Control, bytes),
+        geneve::encapsulate(vni, Content::WireGuard, bytes),
+        geneve::encapsulate(vni, Content::Control, &sealed),
+    ];
+    for datagram in datagrams {
+        let outcome = server.handle_datagram(now, source, &datagram);
+        assert!(!matches!(outcome, Ok(Handled::Forward(_))), "forwarded for one client");
+        let mut replies = 0;
+        while let Some((to, reply)) = server.poll_transmit() {
+            replies += 1;
+            assert!(to == source && reply.len() <= datagram.len() && replies == 1, "amplified");
+        }
     }
 }
 
