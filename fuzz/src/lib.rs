@@ -4,9 +4,12 @@
 //! `cargo +nightly fuzz run stun` looks for new failures; a failure becomes a named test beside the code before it is
 //! fixed, and its input joins `corpus/`.
 
+mod gateway;
 mod rewrite;
 mod session;
 mod tunnel;
+
+pub use gateway::{portmap, upnp};
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -314,6 +317,8 @@ mod tests {
         mutate("derp_session", super::derp_session, 1000);
         mutate("masquerade", super::masquerade, 3000);
         mutate("mtu", super::mtu, 3000);
+        mutate("portmap", super::portmap, 3000);
+        mutate("upnp", super::upnp, 3000);
     }
 
     #[test]
@@ -325,6 +330,8 @@ mod tests {
         replay("channel", super::channel);
         replay("derp_session", super::derp_session);
         replay("stun", super::stun);
+        replay("portmap", super::portmap);
+        replay("upnp", super::upnp);
         replay("disco", super::disco);
         replay("relay_server", super::relay_server);
         replay("derp_frame", super::derp_frame);
