@@ -79,7 +79,7 @@ pub fn upnp(bytes: &[u8]) {
     let later = now + Duration::from_secs(1);
     mapper.handle_timeout(later);
     let mut config = GatewayConfig::new(INSIDE, Ipv4Addr::new(203, 0, 113, 5));
-    config.quirks = Quirks { first_version: bytes.len() % 2 == 0, taken: vec![4242], ..Quirks::default() };
+    config.quirks = Quirks { first_version: bytes.len().is_multiple_of(2), taken: vec![4242], ..Quirks::default() };
     let mut gateway = Gateway::new(now, config);
     let (told, which) = (http::Response { status: 200, body: bytes.to_vec() }, bytes.len() % 3);
     let mut exchanges = 0;

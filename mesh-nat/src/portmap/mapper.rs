@@ -143,7 +143,7 @@ struct Lease {
     service: Option<upnp::Service>,
 }
 
-/// Gets and keeps one port mapping. See the [module documentation](self).
+/// Gets and keeps one port mapping. See the [module documentation](super).
 #[derive(Debug)]
 pub struct Mapper {
     rng: StdRng,
