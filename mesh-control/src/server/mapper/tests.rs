@@ -192,7 +192,7 @@ fn a_user_s_nodes_may_use_the_relay_that_one_of_them_offers() {
     let address = |number: u8| vec![format!("100.64.0.{number}"), format!("fd7a:115c:a1e0::6440:{number}")];
     let target = (address(2), "tailscale.com/cap/relay-target".to_owned());
     let asks = ([address(1), address(2)].concat(), "tailscale.com/cap/relay".to_owned());
-    assert_eq!(grants(&followers[0].netmap), [target.clone()]);
+    assert_eq!(grants(&followers[0].netmap), std::slice::from_ref(&target));
     assert_eq!(grants(&followers[1].netmap), [target, asks]);
     assert_eq!(grants(&followers[2].netmap), []);
     assert!(followers[0].netmap.peer(relay).unwrap().hostinfo.as_ref().unwrap().peer_relay);
