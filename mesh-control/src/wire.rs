@@ -36,7 +36,7 @@ mod time;
 
 pub use dns::{DnsConfig, DnsRecord, Resolver};
 pub use filter::{CapGrant, CapMap, FilterRule, NetPortRange, PortRange};
-pub use hostinfo::{Hostinfo, Location, NetInfo, Service};
+pub use hostinfo::{Hostinfo, Location, NetInfo, OURS, Service};
 pub use ids::{Base64, LoginId, NodeId, UserId};
 pub use map::{
     ClientVersion, ControlDialPlan, Debug, DialCandidate, DisplayMessage, DisplayMessageAction, EndpointType,

@@ -5,6 +5,20 @@ use std::collections::BTreeMap;
 use ipnet::IpNet;
 use mesh_derp::map::RegionId;
 
+/// A capability that a coordinator gives a peer that speaks this project's own additions, private disco messages above
+/// all. Others ignore it.
+pub const OURS: &str = "mesh/disco-1";
+/// How the version of a client of this project ends.
+pub const VERSION_SUFFIX: &str = "-mesh";
+
+impl Hostinfo {
+    /// Whether the client is one of this project, by its own word.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.ipn_version.ends_with(VERSION_SUFFIX)
+    }
+}
+
 message! {
     /// A device as it describes itself. Everything is optional; a trimmed form travels to peers.
     pub struct Hostinfo {

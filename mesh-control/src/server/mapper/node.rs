@@ -46,7 +46,15 @@ fn common(view: &View<'_>, node: &Node) -> wire::Node {
 
 /// A node as its peers see it.
 pub(super) fn for_peer(view: &View<'_>, node: &Node) -> wire::Node {
-    wire::Node { hostinfo: Some(Box::new(hostinfo_for_peers(&node.hostinfo))), ..common(view, node) }
+    let mut capabilities = CapMap::new();
+    if node.hostinfo.is_ours() {
+        capabilities.insert(wire::OURS.to_owned(), Vec::new());
+    }
+    wire::Node {
+        hostinfo: Some(Box::new(hostinfo_for_peers(&node.hostinfo))),
+        cap_map: capabilities,
+        ..common(view, node)
+    }
 }
 
 /// A node as it sees itself.
