@@ -197,30 +197,26 @@ impl UdpBatch {
         Ok(Arc::new(first))
     }
 
-    fn bind_one(config: &Config, closer: &Arc<Closer>, reuse_port: bool) -> Result<Self, Error> {
-        let address = config.bind;
-        let what = || format!("open a UDP socket on {address}");
-        let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))
-            .map_err(|error| Error::system(what(), error))?;
-        let prepare = || {
-            if address.is_ipv6() {
-                socket.set_only_v6(true)?;
-            }
-            socket.set_nonblocking(true)?;
-            if config.dont_fragment {
-                sys::set_dont_fragment(socket.as_fd(), address.is_ipv6())?;
-            }
-            socket.set_reuse_port(reuse_port)?;
-            socket.bind(&address.into())?;
-            socket.local_addr()?.as_socket().ok_or_else(|| io::Error::other("the socket has no IP address"))
+    /// Makes the most of a socket that [`plain`] has bound, as `config` says but for the address. It takes a descriptor of
+    /// its own; what the socket has not received yet stays in its buffer.
+    ///
+    /// # Errors
+    /// [`Error::System`] if the system refuses.
+    pub fn adopt(socket: &impl AsFd, config: &Config) -> Result<Arc<Self>, Error> {
+        let adopt = || {
+            let socket = Socket::from(socket.as_fd().try_clone_to_owned()?);
+            let local = socket.local_addr()?.as_socket().ok_or_else(|| io::Error::other("not an IP socket"))?;
+            Ok(Arc::new(Self::equip(socket, local, config, &Arc::new(Closer::new()?))))
         };
-        let local = prepare().map_err(|error| {
-            if error.kind() == io::ErrorKind::AddrInUse {
-                Error::AddressInUse { address }
-            } else {
-                Error::system(what(), error)
-            }
-        })?;
+        adopt().map_err(|error| Error::system("adopt a UDP socket", error))
+    }
+
+    fn bind_one(config: &Config, closer: &Arc<Closer>, reuse_port: bool) -> Result<Self, Error> {
+        let (socket, local) = open(config, reuse_port)?;
+        Ok(Self::equip(socket, local, config, closer))
+    }
+
+    fn equip(socket: Socket, local: SocketAddr, config: &Config, closer: &Arc<Closer>) -> Self {
         // The plain options are capped by the administrator's limit, the forced ones need privilege: take what we get.
         if sockopt::set_socket_recv_buffer_size_force(&socket, config.receive_buffer).is_err() {
             let _ = sockopt::set_socket_recv_buffer_size(&socket, config.receive_buffer);
@@ -232,7 +228,7 @@ impl UdpBatch {
         let gather = config.gather && sys::set_udp_gro(socket.as_fd(), true).is_ok();
         let (segmentation, datagram_size) = (AtomicU8::new(config.segmentation as u8), config.datagram_size);
         let (closer, others) = (Arc::clone(closer), Vec::new());
-        Ok(Self { socket, closer, others, local, marked, datagram_size, segmentation, gather })
+        Self { socket, closer, others, local, marked, datagram_size, segmentation, gather }
     }
 
     /// The other sockets on this address, which close with this one; none unless [`Config::sockets`] asked for them.
@@ -393,6 +389,47 @@ impl UdpBatch {
     pub fn close(&self) {
         self.closer.close();
     }
+}
+
+/// A socket bound and marked as `config` says, and no more: for few datagrams, and with one descriptor. It does not block.
+/// [`UdpBatch::adopt`] makes it fast.
+///
+/// # Errors
+/// As [`UdpBatch::bind`].
+pub fn plain(config: &Config) -> Result<std::net::UdpSocket, Error> {
+    let (socket, _) = open(config, false)?;
+    if let Some(mark) = config.mark {
+        // Without the privilege it is left off.
+        let _ = socket.set_mark(mark);
+    }
+    Ok(socket.into())
+}
+
+fn open(config: &Config, reuse_port: bool) -> Result<(Socket, SocketAddr), Error> {
+    let address = config.bind;
+    let what = || format!("open a UDP socket on {address}");
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))
+        .map_err(|error| Error::system(what(), error))?;
+    let prepare = || {
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_nonblocking(true)?;
+        if config.dont_fragment {
+            sys::set_dont_fragment(socket.as_fd(), address.is_ipv6())?;
+        }
+        socket.set_reuse_port(reuse_port)?;
+        socket.bind(&address.into())?;
+        socket.local_addr()?.as_socket().ok_or_else(|| io::Error::other("the socket has no IP address"))
+    };
+    let local = prepare().map_err(|error| {
+        if error.kind() == io::ErrorKind::AddrInUse {
+            Error::AddressInUse { address }
+        } else {
+            Error::system(what(), error)
+        }
+    })?;
+    Ok((socket, local))
 }
 
 fn is_transient(error: &io::Error) -> bool {

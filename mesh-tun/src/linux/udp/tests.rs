@@ -238,3 +238,16 @@ fn a_port_that_nobody_listens_on_does_not_end_the_socket() {
     let count = (0..3).map(|_| socket.recv_batch(&mut room, SOON).unwrap()).find(|count| *count > 0);
     assert_eq!((count, room.batch().packet(0)), (Some(1), b"me".as_slice()));
 }
+
+#[test]
+fn an_adopted_socket_has_its_address_and_what_it_had_received() {
+    let bound = plain(&Config::bound_to("127.0.0.1:0".parse().unwrap())).unwrap();
+    let sender = UdpBatch::bind(&Config::bound_to("127.0.0.1:0".parse().unwrap())).unwrap();
+    sender.send_to(b"early", bound.local_addr().unwrap()).unwrap();
+    let adopted = UdpBatch::adopt(&bound, &Config::default()).unwrap();
+    assert_eq!(adopted.local_addr(), bound.local_addr().unwrap());
+    drop(bound);
+    let mut room = adopted.recv_room(4);
+    assert_eq!(adopted.recv_batch(&mut room, SOON).unwrap(), 1);
+    assert_eq!(room.batch().packet(0), b"early");
+}
