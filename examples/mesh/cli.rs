@@ -151,6 +151,9 @@ pub(crate) struct Daemon {
     /// Do not ask the gateway for port mappings.
     #[arg(long)]
     pub(crate) no_portmap: bool,
+    /// Guess ports of NATs that give every destination another one. Experimental.
+    #[arg(long)]
+    pub(crate) guess_ports: bool,
     /// An address at which this node is known to be reachable, e.g. a forwarded port.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) static_endpoint: Vec<SocketAddr>,

@@ -9,6 +9,7 @@
 
 mod clock;
 mod control;
+mod extra;
 mod host;
 mod plane;
 mod portmaps;
@@ -75,6 +76,7 @@ pub(crate) struct Fixed {
     pub(crate) static_endpoints: Vec<std::net::SocketAddr>,
     pub(crate) peer_relay_addresses: Vec<std::net::SocketAddr>,
     pub(crate) loopback_endpoints: bool,
+    pub(crate) port_guessing: bool,
     pub(crate) timing: mesh_noise::wireguard::Timing,
     pub(crate) device: &'static str,
     pub(crate) ephemeral: bool,

@@ -22,6 +22,7 @@
 
 mod endpoints;
 mod grants;
+mod guess;
 mod io;
 mod map;
 mod measure;
@@ -127,8 +128,7 @@ impl Engine {
         let seeds = Seeds::split(config.seed);
         let mut agent = Agent::new(now, config.disco, me, seeds.agent);
         agent.set_mode(config.mode.into());
-        // It takes sockets that nobody opens yet.
-        agent.set_guessing(now, false);
+        agent.set_guessing(now, config.port_guessing);
         let interface =
             Interface::new(config.epoch, config.wall, &config.private, seeds.interface).with_timing(config.timing);
         Self {
@@ -258,6 +258,9 @@ impl Engine {
             self.netcheck.heard_by_relay(now, region);
         }
         let outcome = match classify(datagram) {
+            Class::Stun if self.is_for_guesses(&from.path) => {
+                self.agent.handle_stun(now, datagram).map_err(|reject| reject.to_string())
+            }
             Class::Stun => match source {
                 Some(source) => {
                     self.netcheck.handle_datagram_from(now, source, datagram).map_err(|reject| reject.to_string())

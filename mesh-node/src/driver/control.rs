@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use mesh_control::client::{ControlEvent, Description, Problem};
 use mesh_control::driver::client::Control;
+use mesh_control::wire::hostinfo::VERSION_SUFFIX;
 use mesh_control::wire::{EndpointType, Hostinfo, NetInfo};
 use mesh_noise::key::{DiscoPublic, MachinePublic};
 use tokio::sync::mpsc;
@@ -114,7 +115,7 @@ impl Drop for ControlTask {
 pub(super) fn hostinfo(hostname: Option<&str>, userspace: bool) -> Hostinfo {
     let name = hostname.map_or_else(|| kernel_text("hostname"), str::to_owned);
     Hostinfo {
-        ipn_version: concat!(env!("CARGO_PKG_VERSION"), "-mesh").to_owned(),
+        ipn_version: format!("{}{VERSION_SUFFIX}", env!("CARGO_PKG_VERSION")),
         os: std::env::consts::OS.to_owned(),
         os_version: kernel_text("osrelease"),
         machine: std::env::consts::ARCH.to_owned(),

@@ -10,6 +10,7 @@ use mesh_noise::key::NodePublic;
 use mesh_noise::random::SystemRng;
 use mesh_tun::device::Device;
 use mesh_tun::filter::{Addresses, Destination, Filter, Rule, Standing};
+use mesh_tun::linux::udp::UdpBatch;
 use mesh_tun::packet::Protocol;
 
 use super::relays::RelaySender;
@@ -24,6 +25,8 @@ use crate::status::PathCounters;
 pub(crate) struct Plane {
     dataplane: Arc<Dataplane>,
     peers: BTreeSet<NodePublic>,
+    /// Sockets beside the ordinary ones.
+    carried: BTreeSet<SocketId>,
 }
 
 impl Plane {
@@ -44,7 +47,7 @@ impl Plane {
         };
         let (dataplane, notices) = Dataplane::start(config)
             .map_err(|source| Error::System { what: "cannot start the data plane's threads", source })?;
-        Ok((Self { dataplane: Arc::new(dataplane), peers: BTreeSet::new() }, notices))
+        Ok((Self { dataplane: Arc::new(dataplane), peers: BTreeSet::new(), carried: BTreeSet::new() }, notices))
     }
 
     /// The data plane, for whoever brings it datagrams.
@@ -92,6 +95,9 @@ impl Plane {
             | Command::Resolve(_)
             | Command::OpenSockets(_)
             | Command::CloseSockets
+            | Command::OpenExtra(_)
+            | Command::CloseExtra(_)
+            | Command::CarryExtra(_)
             | Command::LookForPortal(_) => {}
         }
     }
@@ -105,8 +111,28 @@ impl Plane {
         self.dataplane.set_filter(filter);
     }
 
+    /// Carries data by one more socket, with a thread of its own.
+    pub(crate) fn carry(&mut self, id: SocketId, socket: Arc<UdpBatch>) {
+        match self.dataplane.add_socket(id, socket) {
+            Ok(()) => {
+                self.carried.insert(id);
+            }
+            Err(error) => tracing::warn!(%error, "no thread for a socket"),
+        }
+    }
+
+    /// Closes a socket that [`Self::carry`] has added.
+    pub(crate) fn carry_no_more(&mut self, id: SocketId) {
+        if self.carried.remove(&id) {
+            self.dataplane.remove_socket(id);
+        }
+    }
+
     /// Forgets all peers and lets nothing in any more.
     pub(crate) fn clear(&mut self) {
+        for id in std::mem::take(&mut self.carried) {
+            self.dataplane.remove_socket(id);
+        }
         for peer in std::mem::take(&mut self.peers) {
             self.dataplane.remove_peer(&peer);
         }

@@ -23,6 +23,7 @@ use mesh_tun::linux::BYPASS_MARK;
 use tokio::sync::mpsc;
 
 use super::control::{self, ControlTask};
+use super::extra::{Arrived, ExtraSockets};
 use super::relays::RelaySet;
 use super::{Clock, Driver, HostNetwork, Plane, RelaySender, Reply, answer};
 use crate::dataplane::Notice;
@@ -54,6 +55,8 @@ pub(crate) enum Input {
     Job(Job),
     /// Arrived on a socket that was opened for a measurement.
     Spare(SocketAddr, Vec<u8>),
+    /// Arrived on a socket that ports are guessed with.
+    Extra(Arrived),
 }
 
 /// What small jobs beside the session have found out.
@@ -96,6 +99,8 @@ pub(crate) struct Session {
     clock: Clock,
     /// Sockets that live as long as a measurement.
     spare: SpareSockets,
+    /// Sockets to guess ports with.
+    extra: ExtraSockets,
 }
 
 impl Session {
@@ -133,6 +138,7 @@ impl Session {
                 wall: driver.clock.wall(driver.clock.epoch()),
                 mode: driver.prefs.path_mode,
                 static_endpoints: driver.fixed.static_endpoints.clone(),
+                port_guessing: driver.fixed.port_guessing,
                 timing: driver.fixed.timing.clone(),
             },
         );
@@ -170,6 +176,7 @@ impl Session {
             allocated: Vec::new(),
             clock: driver.clock,
             spare: SpareSockets::new(),
+            extra: ExtraSockets::new(),
         })
     }
 
@@ -213,6 +220,7 @@ impl Session {
             Some((region, event)) = self.relay_events.recv() => Input::Relay(region, event),
             Some(job) = self.jobs.recv() => Input::Job(job),
             (source, datagram) = self.spare.receive() => Input::Spare(source, datagram),
+            Some(arrived) = self.extra.receive() => Input::Extra(arrived),
         }
     }
 
@@ -225,6 +233,10 @@ impl Session {
                 self.stop("the connection to the coordinator has failed; restart the node".to_owned());
             }
             Input::Relay(region, event) => self.handle_relay(now, region, event),
+            Input::Extra(Arrived { socket, source, datagram }) => {
+                let path = Path::Direct { socket, remote: source };
+                self.engine.handle_datagram(now, &Hop { path, node: None }, &datagram);
+            }
             Input::Job(Job::Https(region, measured)) => self.engine.https_latency(now, region, measured),
             Input::Job(Job::Resolved(host, addresses)) => self.engine.resolved(now, &host, addresses),
             Input::Job(Job::Portal(found)) => self.engine.portal(now, found),
@@ -435,6 +447,9 @@ impl Session {
                     }
                 }
                 (Path::Relay { .. }, None) => {}
+                (Path::Direct { socket, remote }, _) if self.extra.contains(socket) => {
+                    self.extra.send(socket, remote, &transmit.datagram);
+                }
                 (Path::Direct { socket, remote }, _) if self.spare.contains(socket) => {
                     self.spare.send(socket, remote, &transmit.datagram);
                 }
@@ -472,6 +487,20 @@ impl Session {
                 self.job(std::future::ready(Job::Sockets(opened)));
             }
             Command::CloseSockets => self.spare = SpareSockets::new(),
+            Command::OpenExtra(count) => {
+                let opened = self.extra.open(count);
+                self.engine.extra_opened(self.clock.now(), opened);
+            }
+            Command::CarryExtra(id) => {
+                if let Some(socket) = self.extra.take(id) {
+                    plane.carry(id, socket);
+                }
+            }
+            Command::CloseExtra(id) => {
+                if !self.extra.close(id) {
+                    plane.carry_no_more(id);
+                }
+            }
             Command::Configure(map) => {
                 host.configure(&map);
                 plane.apply(Command::Configure(map));

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_derp::map::{DerpMap, RegionId};
-use mesh_nat::Path;
 use mesh_nat::agent::{self, PingId, Why};
 use mesh_nat::report::{PortalCheck, Report};
+use mesh_nat::{Path, SocketId};
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use mesh_noise::wireguard::{Session, Timing};
 
@@ -31,6 +31,8 @@ pub struct Config {
     pub mode: PathMode,
     /// Endpoints set by the user, told to peers as they are.
     pub static_endpoints: Vec<SocketAddr>,
+    /// Whether ports of NATs may be guessed, which takes extra sockets for seconds.
+    pub port_guessing: bool,
     /// WireGuard's timers.
     pub timing: Timing,
 }
@@ -123,6 +125,12 @@ pub enum Command {
     CloseSockets,
     /// Find out whether somebody answers HTTP in others' place and call [`Engine::portal`](super::Engine::portal).
     LookForPortal(Vec<PortalCheck>),
+    /// Open so many IPv4 sockets to guess ports with, and call [`Engine::extra_opened`](super::Engine::extra_opened).
+    OpenExtra(usize),
+    /// Close one of them.
+    CloseExtra(SocketId),
+    /// Data plane: a peer has come through by this one of them, so it will carry data.
+    CarryExtra(SocketId),
     /// Look this host up and call [`Engine::resolved`](super::Engine::resolved).
     Resolve(String),
     /// Our own peer relay: allocate for these two clients, and call

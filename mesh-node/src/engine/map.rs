@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use mesh_control::netmap::Netmap;
-use mesh_control::wire::{FilterRule, Node};
+use mesh_control::wire::{FilterRule, Node, OURS};
 use mesh_derp::map::{DerpMap, RegionId};
 use mesh_nat::agent::Relays;
 use mesh_noise::key::{DiscoPublic, NodePublic};
@@ -31,6 +31,8 @@ pub struct PeerView {
     pub jailed: bool,
     /// By which other addresses it knows us.
     pub masquerade: Masquerade,
+    /// Whether the coordinator says that it is one of our own kind.
+    pub ours: bool,
 }
 
 impl PeerView {
@@ -60,6 +62,7 @@ impl PeerView {
             allowed: allowed.iter().filter(|net| its_own(net)).copied().collect(),
             jailed: node.is_jailed,
             masquerade,
+            ours: node.cap_map.contains_key(OURS),
         })
     }
 }

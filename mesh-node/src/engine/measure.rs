@@ -47,7 +47,7 @@ impl Engine {
             self.relays.set_home(now, wanted);
         }
         self.netcheck.set_home(self.relays.home());
-        self.agent.set_behaviour(report.nat_v4);
+        self.tell_agent(now, &report);
         self.announce = true;
         self.report = Some(Box::new(report));
     }

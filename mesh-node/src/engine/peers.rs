@@ -45,8 +45,14 @@ impl Engine {
         self.moved.insert(key);
         if let Some(disco) = view.disco {
             let endpoints = view.endpoints.clone();
-            let config =
-                agent::PeerConfig { node: key, disco, home: view.home, endpoints, ..agent::PeerConfig::default() };
+            let config = agent::PeerConfig {
+                node: key,
+                disco,
+                home: view.home,
+                endpoints,
+                ours: view.ours,
+                ..agent::PeerConfig::default()
+            };
             self.agent.set_peer(now, config);
         } else {
             self.agent.remove_peer(&key);

@@ -79,12 +79,13 @@ impl Engine {
                 agent::Event::AllocationAsked { from, clients, generation } => {
                     self.commands.push_back(Command::Allocate { from, clients, generation });
                 }
-                agent::Event::PeerMapped { .. } => {}
-                // Guessing is switched off in `Engine::new`.
-                agent::Event::OpenSockets { .. }
-                | agent::Event::CloseSocket { .. }
-                | agent::Event::Guessed { .. }
-                | _ => {}
+                agent::Event::PeerMapped { socket, .. } => self.carry_extra(socket),
+                agent::Event::OpenSockets { count, .. } => self.commands.push_back(Command::OpenExtra(count)),
+                agent::Event::CloseSocket { socket } => self.commands.push_back(Command::CloseExtra(socket)),
+                agent::Event::Guessed { peer, outcome } => {
+                    tracing::debug!(peer = peer.short(), ?outcome, "guessing ports");
+                }
+                _ => {}
             }
         }
         busy

@@ -84,6 +84,7 @@ impl World {
                     epoch: now,
                     wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
                     mode: PathMode::Auto,
+                    port_guessing: false,
                     static_endpoints: Vec::new(),
                     timing: Timing::default(),
                 },
@@ -131,6 +132,7 @@ impl World {
                 allowed: vec![host.overlay],
                 jailed: false,
                 masquerade: Masquerade::default(),
+                ours: true,
             })
             .collect();
         for index in 0..self.hosts.len() {
@@ -230,6 +232,9 @@ impl World {
                 | Command::Resolve(_)
                 | Command::OpenSockets(_)
                 | Command::CloseSockets
+                | Command::OpenExtra(_)
+                | Command::CloseExtra(_)
+                | Command::CarryExtra(_)
                 | Command::LookForPortal(_)
                 | Command::Allocate { .. }
                 | Command::GiveUp(_) => {}
