@@ -37,7 +37,7 @@
 //! Between a direct path and a region stands a *peer relay*: another node that forwards UDP. The agent looks for one for
 //! every active peer without a direct path; how is the business of [`relay`](crate::relay).
 //!
-//! Not in here: port mapping, and everything that opens more sockets to get through NATs that map per destination.
+//! Not in here: port mapping ([`crate::portmap`]), and how ports are guessed ([`crate::hard`]), which this carries out.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
