@@ -53,8 +53,8 @@ table inet filter {
 }";
 
 /// PCP begins with a 2, NAT-PMP with a 0.
-const NO_PCP: &str = "table inet nopcp { chain in { type filter hook input priority -1; \
-                      iifname lan udp dport 5351 @th,64,8 2 drop; } }";
+const NO_PCP: &str = "table inet nopcp {\n chain in {\n  type filter hook input priority -1\n  \
+                      iifname lan udp dport 5351 @th,64,8 2 drop\n }\n}";
 
 struct Net {
     coordinator: Coordinator,
