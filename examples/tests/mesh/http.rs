@@ -10,8 +10,14 @@ pub(crate) fn serve_page(body: &'static str) -> u16 {
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
-            let mut request = [0; 1024];
-            if stream.read(&mut request).is_ok() {
+            // The whole head: closing with some of it unread would reset the connection, and the answer with it.
+            let (mut request, mut piece) = (Vec::new(), [0; 1024]);
+            while !request.ends_with(b"\r\n\r\n")
+                && let Ok(length @ 1..) = stream.read(&mut piece)
+            {
+                request.extend_from_slice(&piece[..length]);
+            }
+            if !request.is_empty() {
                 let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
                 drop(stream.write_all((head + body).as_bytes()));
             }
