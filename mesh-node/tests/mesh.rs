@@ -94,7 +94,7 @@ async fn a_bad_auth_key_and_an_absent_coordinator_are_said_in_one_line() {
     let line = node.wait_running(PATIENCE).await.unwrap_err().to_string();
     assert!(line.contains("refuses") && !line.contains('\n'), "{line}");
 
-    let nowhere = Node::builder().control_url("http://127.0.0.1:9").start().await.unwrap();
+    let nowhere = Node::builder().control_url("http://127.0.0.1:9").port_mapping(false).start().await.unwrap();
     let line = nowhere.wait_running(Duration::from_secs(2)).await.unwrap_err().to_string();
     assert!(line.contains("127.0.0.1:9") && !line.contains('\n'), "{line}");
 }
@@ -111,7 +111,7 @@ async fn a_node_keeps_its_identity_over_a_restart_and_gives_it_up_by_logging_out
     node.shutdown().await;
     drop(node);
 
-    let node = Node::builder().state_dir(state.path()).start().await.unwrap();
+    let node = Node::builder().state_dir(state.path()).port_mapping(false).start().await.unwrap();
     node.wait_running(PATIENCE).await.unwrap();
     assert_eq!((node.addresses(), node.status().await.unwrap().this.key), (addresses.clone(), key));
     node.down().await.unwrap();
