@@ -234,7 +234,10 @@ impl Agent {
             peer.shared = None;
         }
         peer.home = config.home;
-        peer.behaviour = config.behaviour;
+        // Control may not say; the peer itself may have.
+        if config.behaviour != Behaviour::default() {
+            peer.behaviour = config.behaviour;
+        }
         peer.ours = config.ours;
         let fresh = peer.set_listed(now, &self.sockets, config.endpoints, &mut self.counters);
         let engaged = peer.engaged(now, &self.timing);
@@ -435,7 +438,7 @@ impl Agent {
     /// Tells the caller if data goes elsewhere now.
     fn refresh(&mut self, node: NodePublic) {
         let (now, mode) = (self.now, self.mode);
-        let Some(why) = self.peers.get(&node).map(|peer| self.why(peer)) else { return };
+        let Some(why) = self.peers.get(&node).map(|peer| self.why(&node, peer)) else { return };
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let path = peer.path(mode);
         if path != peer.published {

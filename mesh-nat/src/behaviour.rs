@@ -86,6 +86,9 @@ pub struct Behaviour {
     /// Where `mapping` is not known, whether it was seen to depend on the destination all the same: a server with a second
     /// port would tell whether on its address alone.
     pub varies: bool,
+    /// Where `mapping` is not known, whether two ports of one server saw the same: it depends on nothing, or on the
+    /// destination's address alone, which is rare. A server at another address would tell.
+    pub steady: bool,
     /// Whom it lets in.
     pub filtering: Option<Filtering>,
     /// Which ports it gives.
@@ -107,6 +110,13 @@ impl Behaviour {
             None => self.varies.then_some(false),
         }
     }
+
+    /// What to act on where trying costs little: the likelier mapping where only one server could be asked.
+    #[must_use]
+    pub fn presumed(self) -> Self {
+        let mapping = self.mapping.or(self.steady.then_some(Mapping::EndpointIndependent));
+        Self { mapping, ..self }
+    }
 }
 
 #[cfg(test)]
@@ -120,6 +130,15 @@ mod tests {
         assert_eq!(Behaviour { varies: true, ..unknown }.is_easy(), Some(false));
         assert_eq!(Behaviour { mapping: Some(Mapping::EndpointIndependent), ..unknown }.is_easy(), Some(true));
         assert_eq!(Behaviour { mapping: Some(Mapping::AddressDependent), ..unknown }.is_easy(), Some(false));
+    }
+
+    #[test]
+    fn what_two_ports_of_one_server_see_alike_is_presumed_easy_but_not_known_to_be() {
+        let steady = Behaviour { steady: true, ..Behaviour::default() };
+        assert_eq!((steady.is_easy(), steady.presumed().is_easy()), (None, Some(true)));
+        let hard = Behaviour { mapping: Some(Mapping::AddressDependent), ..Behaviour::default() };
+        assert_eq!(hard.presumed(), hard);
+        assert_eq!(Behaviour::default().presumed().is_easy(), None);
     }
 
     #[test]

@@ -106,9 +106,12 @@ fn blocks_of_512_ports_that_are_shared_are_got_through_within_thirty_seconds() {
 
 #[test]
 fn where_every_flow_takes_a_port_half_of_the_block_stays_free_and_the_relay_carries_on() {
-    let seen = run("blocks of 512, a port a flow", secs(30), block(false), block(false));
+    // The first attempt spends 96 flows to learn that ports are not shared, later ones 16: see RESULTS.md.
+    let seen = run("blocks of 512, a port a flow", secs(300), block(false), block(false));
+    println!("blocks of 512, a port a flow: {} of {RUNS} in the first attempt", seen.within(secs(30)));
     assert!(seen.most_ports <= 256, "{} of 512 ports", seen.most_ports);
-    assert!(!seen.times.is_empty(), "some succeed");
+    assert!(seen.within(secs(30)) > 0, "some succeed at once");
+    assert!(seen.times.len() > 2 * seen.within(secs(30)), "later attempts have more flows");
 }
 
 #[test]
@@ -183,9 +186,32 @@ fn a_stock_peer_behind_an_easy_nat_is_helped_from_our_side_alone() {
         direct += usize::from(world.run_until(secs(40), |world| both_direct(world, a, b)).is_some());
         assert!(world.most_sockets(a) <= MAX_SOCKETS + 1);
     }
-    println!("stock peer behind an easy NAT: {direct} of 50");
-    // A stock peer tries all addresses of a list. Ours, which stands in for it, tries a hundred.
+    println!("stand-in for a stock peer behind an easy NAT: {direct} of 50");
+    // A stock peer tries all addresses of a list; our own agent, which stands in for it here, has room for a hundred. The
+    // odds with all of them are tested in `hard`, and with the official client in network namespaces.
     assert!(direct >= 20, "{direct} of 50");
+}
+
+#[test]
+fn nothing_is_guessed_without_traffic_nor_after_it() {
+    let opened = |world: &World, host: HostId| {
+        world.events(host).iter().filter(|(_, event)| matches!(event, Event::OpenSockets { .. })).count()
+    };
+    let mut world = World::seeded(7);
+    let (a, b) = (world.node_behind(NatConfig::hard()), world.node_behind(NatConfig::easy()));
+    world.introduce(a, b);
+    // No port is the right one, so that there would always be reason for another attempt.
+    world.cut(a, b, true);
+    world.run_for(secs(600));
+    assert_eq!((world.most_sockets(a), world.agent(a).guessing(&world.key(b))), (0, None));
+    let data = world.send_data(a, b, Duration::from_millis(100));
+    world.run_for(secs(2));
+    world.stop_data(data);
+    world.run_for(secs(60));
+    let before = opened(&world, a);
+    assert!(before > 0);
+    world.run_for(secs(3600));
+    assert_eq!(opened(&world, a), before, "an attempt without traffic");
 }
 
 #[test]

@@ -73,7 +73,9 @@ impl Agent {
     pub(super) fn want_guesses(&mut self, node: NodePublic) {
         let Some(peer) = self.peers.get(&node) else { return };
         let v4 = self.sockets.iter().any(|(_, family)| *family == Family::V4);
-        if peer.best.is_some() || peer.region().is_none() || self.mode == Mode::Relay || !v4 {
+        // A peer of ours is asked first; of another one this is all there is to tell whether it is there.
+        let present = if peer.ours { peer.region().is_some() } else { peer.heard.is_some() };
+        if peer.best.is_some() || !present || self.mode == Mode::Relay || !v4 {
             return;
         }
         let mut addresses: Vec<_> = peer.candidates.iter().map(|(target, _)| target.remote).collect();
@@ -122,7 +124,7 @@ impl Agent {
         }
         self.heard_by_relay(&node, region);
         if let Some(peer) = self.peers.get_mut(&node)
-            && punch.behaviour.mapping.is_some()
+            && punch.behaviour.is_easy().is_some()
         {
             peer.behaviour = punch.behaviour;
         }

@@ -36,7 +36,7 @@ impl Agent {
             },
             limit: state.told_limit,
             since: state.since,
-            why: self.why(state),
+            why: self.why(peer, state),
             candidates: state.candidates.len(),
         })
     }

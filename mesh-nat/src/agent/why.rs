@@ -2,9 +2,12 @@
 
 use std::fmt;
 
+use mesh_noise::key::NodePublic;
+
 use super::peer::{Peer, within};
 use super::{Agent, Mode};
 use crate::behaviour::{Allocation, Behaviour, Filtering, Mapping};
+use crate::hard::{Hopeless, Outcome};
 
 /// Why the data for a peer goes the way it goes, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub enum Why {
         ours: Behaviour,
         /// What the peer's do.
         theirs: Behaviour,
+        /// How it stands with guessing their ports. `None` if that was not tried yet, or is switched off.
+        guessing: Option<Outcome>,
     },
     /// No address of the peer answers, and nothing that is known explains it.
     Silence,
@@ -55,7 +60,7 @@ impl Agent {
         self.tell_behaviour();
     }
 
-    pub(super) fn why(&self, peer: &Peer) -> Why {
+    pub(super) fn why(&self, node: &NodePublic, peer: &Peer) -> Why {
         let (now, timing) = (self.now, &self.timing);
         if self.mode == Mode::Relay {
             return Why::RelayOnly;
@@ -73,7 +78,8 @@ impl Agent {
             return Why::Idle;
         }
         if excludes(&self.behaviour, &peer.behaviour) {
-            return Why::Nats { ours: self.behaviour, theirs: peer.behaviour };
+            let guessing = self.guesser.outcome(node);
+            return Why::Nats { ours: self.behaviour, theirs: peer.behaviour, guessing };
         }
         if within(peer.sought, now, timing.ping_timeout) {
             return Why::Searching;
@@ -93,7 +99,10 @@ impl fmt::Display for Why {
             Self::Idle => "nothing was sent to it lately",
             Self::Searching => "a direct path is being looked for",
             Self::NoAddress => "no address of it is known",
-            Self::Nats { ours, theirs } => return nats(f, ours, theirs),
+            Self::Nats { ours, theirs, guessing } => {
+                nats(f, ours, theirs)?;
+                return guesses(f, *guessing);
+            }
             Self::Silence => "none of its addresses answers",
         };
         f.write_str(text)
@@ -121,6 +130,19 @@ fn nats(f: &mut fmt::Formatter<'_>, ours: &Behaviour, theirs: &Behaviour) -> fmt
             destination(theirs),
             ports(theirs)
         ),
+    }
+}
+
+fn guesses(f: &mut fmt::Formatter<'_>, guessing: Option<Outcome>) -> fmt::Result {
+    match guessing {
+        None | Some(Outcome::Direct) => Ok(()),
+        Some(Outcome::Trying) => f.write_str("; they are being guessed"),
+        Some(Outcome::Failed(1)) => f.write_str("; guessing them has failed once, and is tried again"),
+        Some(Outcome::Failed(times)) => write!(f, "; guessing them has failed {times} times, and is tried again"),
+        Some(Outcome::Hopeless(Hopeless::TooManyPorts { ours, theirs })) => {
+            write!(f, "; {ours} here and {theirs} there are too many to guess")
+        }
+        Some(Outcome::Hopeless(Hopeless::Refused)) => f.write_str("; the peer does not guess ports"),
     }
 }
 
@@ -169,11 +191,14 @@ mod tests {
         let hard = side(Mapping::AddressAndPortDependent, None, Allocation::Random);
         let strict =
             side(Mapping::EndpointIndependent, Some(Filtering::AddressAndPortDependent), Allocation::Preserving);
-        let both = Why::Nats { ours: hard, theirs: hard };
-        assert_eq!(both.to_string(), "both sides map per destination with random ports");
-        let ours = Why::Nats { ours: hard, theirs: strict };
-        let text =
-            "our side maps per destination with random ports, and theirs lets in nobody else than it has sent to";
+        let both = |guessing| Why::Nats { ours: hard, theirs: hard, guessing }.to_string();
+        assert_eq!(both(None), "both sides map per destination with random ports");
+        let hopeless = Outcome::Hopeless(Hopeless::TooManyPorts { ours: 64_512, theirs: 512 });
+        let text = "both sides map per destination with random ports; 64512 here and 512 there are too many to guess";
+        assert_eq!(both(Some(hopeless)), text);
+        let ours = Why::Nats { ours: hard, theirs: strict, guessing: Some(Outcome::Trying) };
+        let text = "our side maps per destination with random ports, and theirs lets in nobody else than it has sent to; \
+             they are being guessed";
         assert_eq!(ours.to_string(), text);
     }
 }

@@ -163,15 +163,32 @@ impl Guesser {
         }
     }
 
-    /// How our own NATs behave towards IPv4, and where our ordinary socket is seen. A change forgets earlier failures.
+    /// How our own NATs behave towards IPv4, and where our ordinary socket is seen. Behind the same address, what is not
+    /// known this time stays as it was known before. A change forgets earlier failures.
     pub fn set_ours(&mut self, behaviour: Behaviour, outside: Option<SocketAddr>) {
-        let kind = |behaviour: &Behaviour| (behaviour.mapping, behaviour.allocation);
+        let (mut now, before) = (behaviour.presumed(), self.ours);
         let moved = self.outside.map(|address| address.ip()) != outside.map(|address| address.ip());
-        if moved || kind(&self.ours) != kind(&behaviour) {
-            self.forget();
+        if !moved {
+            if now.mapping.is_none() && now.is_easy().is_none_or(|easy| before.is_easy() == Some(easy)) {
+                (now.mapping, now.varies) = (before.mapping, before.varies);
+            }
+            if now.allocation.is_none() {
+                (now.allocation, now.ports) = (before.allocation, before.ports);
+            }
+            now.filtering = now.filtering.or(before.filtering);
         }
-        self.ours = behaviour;
-        self.outside = outside;
+        // `now` knows all that `before` did.
+        let contradicted = before.is_easy().is_some_and(|easy| now.is_easy() != Some(easy))
+            || before.mapping.is_some_and(|mapping| now.mapping != Some(mapping))
+            || before.allocation.is_some_and(|allocation| now.allocation != Some(allocation));
+        let learnt = before.is_easy().is_none() && now.is_easy().is_some()
+            || before.allocation.is_none() && now.allocation.is_some();
+        (self.ours, self.outside) = (now, outside);
+        if moved || contradicted {
+            self.forget();
+        } else if learnt {
+            self.reconsider();
+        }
     }
 
     /// STUN servers, nearest first; those with IPv6 addresses are left out, and all beyond the first eight.
@@ -185,6 +202,16 @@ impl Guesser {
         self.reuses = None;
         for record in self.records.values_mut() {
             (record.failures, record.busy, record.not_before, record.outcome) = (0, 0, None, None);
+        }
+    }
+
+    /// More is known: what was put off for want of knowledge need not wait. The attempt under way goes on.
+    fn reconsider(&mut self) {
+        let trying = self.active.as_ref().map(|attempt| attempt.peer);
+        for (peer, record) in &mut self.records {
+            if record.failures == 0 && Some(*peer) != trying {
+                (record.busy, record.not_before, record.outcome) = (0, None, None);
+            }
         }
     }
 

@@ -41,7 +41,7 @@ pub struct Punch {
     pub attempt: u32,
     /// What it says.
     pub step: Step,
-    /// How the sender's NATs behave.
+    /// How the sender's NATs behave, [as presumed](Behaviour::presumed).
     pub behaviour: Behaviour,
     /// Where others see the sender's ordinary socket.
     pub outside: Option<SocketAddr>,
@@ -121,6 +121,7 @@ impl Punch {
                 _ => return Err(DecodeError::Field("mapping")),
             },
             varies: mapping == 4,
+            steady: false,
             filtering: match filtering {
                 0 => None,
                 1 => Some(Filtering::EndpointIndependent),
@@ -280,6 +281,7 @@ mod tests {
         let behaviour = Behaviour {
             mapping: Some(Mapping::AddressAndPortDependent),
             varies: false,
+            steady: false,
             filtering: None,
             allocation: Some(Allocation::Sequential { stride: -2 }),
             ports: Some(PortRange { first: 1024, last: 2047 }),

@@ -279,10 +279,12 @@ impl Run {
 fn keep(now: &mut Behaviour, before: &Behaviour, here: Option<SocketAddr>, there: Option<SocketAddr>) {
     let same_address = here.map(|address| address.ip()) == there.map(|address| address.ip());
     let contradicts = now.mapping.is_some() && before.mapping.is_some() && now.mapping != before.mapping;
-    let harder = now.is_easy() == Some(false) && before.is_easy() == Some(true);
+    let harder = now.is_easy() == Some(false) && before.presumed().is_easy() == Some(true);
     if !same_address || contradicts || harder {
         return;
     }
     let mapping = now.mapping.or(before.mapping);
-    *now = Behaviour { mapping, varies: mapping.is_none() && (now.varies || before.varies), ..*before };
+    let varies = mapping.is_none() && (now.varies || before.varies);
+    let steady = mapping.is_none() && !varies && (now.steady || before.steady);
+    *now = Behaviour { mapping, varies, steady, ..*before };
 }

@@ -8,7 +8,7 @@
 //! | differs | same | address-dependent |
 //! | | differs | address-and-port-dependent |
 //! | differs | not asked | depends on the destination, unknown how far |
-//! | not asked | same | unknown |
+//! | not asked | same | unknown, likely endpoint-independent |
 //!
 //! A server inside our own network sees our own address; where others are outside, it says nothing about the NAT.
 
@@ -51,6 +51,12 @@ struct Compared {
     other_ip_differs: bool,
     other_port_same: bool,
     other_port_differs: bool,
+}
+
+impl Compared {
+    const fn differs(&self) -> bool {
+        self.other_ip_differs || self.other_port_differs
+    }
 }
 
 impl Sightings {
@@ -117,7 +123,8 @@ impl Sightings {
         let mapping = mapping(&compared, translated);
         Behaviour {
             mapping,
-            varies: mapping.is_none() && (compared.other_ip_differs || compared.other_port_differs),
+            varies: mapping.is_none() && compared.differs(),
+            steady: mapping.is_none() && compared.other_port_same && !compared.differs(),
             allocation,
             ports,
             ..Behaviour::default()
@@ -226,6 +233,7 @@ mod tests {
         for (pairs, mapping, varies) in cases {
             let found = behaviour(&pairs);
             assert_eq!((found.mapping, found.varies), (mapping, varies), "{pairs:?}");
+            assert_eq!(found.steady, pairs == [(A1, x), (A2, x)], "{pairs:?}");
         }
     }
 
