@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
-use crate::listen::{self, CertificateFiles, Place};
+use crate::listen::{self, CertificateFiles, Place, Stun};
 
 /// The embedded relay's region when none is named.
 pub const DEFAULT_REGION: RegionId = match RegionId::new(900) {
@@ -31,7 +31,9 @@ pub struct Config {
     pub listen: Vec<SocketAddr>,
     /// The URL that nodes use. Its host and port are also the embedded relay's.
     pub url: String,
-    /// Addresses of the STUN responder. Default none. A further port is published as a STUN-only node.
+    /// Addresses of the STUN responder. Default none. The next port answers too, unless several are named, it is taken, or
+    /// the address is loopback. A further port is published as a STUN-only node: with two ports of one server, clients
+    /// tell a NAT that gives every destination another port from one that does not.
     pub stun: Vec<SocketAddr>,
     /// The embedded relay's region. Default [`DEFAULT_REGION`].
     pub region_id: RegionId,
@@ -88,7 +90,10 @@ impl Coordinator {
         let (tls, pin) =
             listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen).map_err(tls)?;
 
-        let place = Place { region: config.region_id, host, port, listen: &config.listen, stun: &config.stun };
+        // Before the map says where they are: a second STUN port may not be had.
+        let listeners = listen::tcp(&config.listen).await?;
+        let stun = Stun::bind_pairs(&config.stun).await?;
+        let place = Place { region: config.region_id, host, port, listen: &config.listen, stun: stun.addresses() };
         let own_region = config.relay.then(|| own_region(&place, pin, config.insecure_relay_for_tests));
         control.set_derp_map(with_own(config.derp_map, own_region.as_ref()));
 
@@ -104,9 +109,9 @@ impl Coordinator {
         };
 
         let tls = tls.config(relay.as_deref().map(RelayServer::public)).map_err(self::tls)?;
-        let acceptor = Acceptor::from_listeners(listen::tcp(&config.listen).await?, Some(tls));
+        let acceptor = Acceptor::from_listeners(listeners, Some(tls));
         let mut accepting = JoinSet::new();
-        listen::stun(&config.stun, &mut accepting).await?;
+        stun.serve(&mut accepting);
         let connections = TaskTracker::new();
         accepting.spawn(accept(acceptor, Arc::clone(&control), relay.clone(), connections.clone()));
         Ok(Self { control, relay, own_region, accepting, connections })

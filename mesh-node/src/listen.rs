@@ -104,22 +104,64 @@ pub(crate) async fn tcp(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, Er
     Ok(listeners)
 }
 
-/// Starts a STUN responder on each address. Two ports of one address are a pair, each answering for the other on request:
-/// that shows a client whether its NAT filters by port.
-pub(crate) async fn stun(addresses: &[SocketAddr], tasks: &mut JoinSet<()>) -> Result<(), Error> {
-    let mut waiting = addresses.to_vec();
-    while let Some(address) = waiting.first().copied() {
-        waiting.remove(0);
-        let mut server = StunServer::bind(address).await.map_err(|source| listen_error("STUN", address, source))?;
-        let same_host = |other: &SocketAddr| other.ip() == address.ip() && other.port() != address.port();
-        if let Some(index) = waiting.iter().position(same_host) {
-            let other = waiting.remove(index);
-            let paired = server.with_other_port(other.port()).await;
-            server = paired.map_err(|source| listen_error("STUN", other, source))?;
+/// STUN responders that are bound and do not answer yet.
+#[derive(Debug)]
+pub(crate) struct Stun {
+    servers: Vec<StunServer>,
+    addresses: Vec<SocketAddr>,
+}
+
+impl Stun {
+    /// A responder on each address. Two ports of one address are a pair, each answering for the other on request: that
+    /// shows a client whether its NAT filters by port.
+    pub(crate) async fn bind(addresses: &[SocketAddr]) -> Result<Self, Error> {
+        let (mut servers, mut waiting) = (Vec::new(), addresses.to_vec());
+        while let Some(address) = waiting.first().copied() {
+            waiting.remove(0);
+            let mut server = StunServer::bind(address).await.map_err(|source| listen_error("STUN", address, source))?;
+            let same_host = |other: &SocketAddr| other.ip() == address.ip() && other.port() != address.port();
+            if let Some(index) = waiting.iter().position(same_host) {
+                let other = waiting.remove(index);
+                let paired = server.with_other_port(other.port()).await;
+                server = paired.map_err(|source| listen_error("STUN", other, source))?;
+            }
+            servers.push(server);
         }
-        tasks.spawn(async move { match server.run().await {} });
+        Ok(Self { servers, addresses: addresses.to_vec() })
     }
-    Ok(())
+
+    /// The same, on the next port as well where only one is named and the next one is free: with one port of one address,
+    /// a client cannot tell whether its NAT gives every destination another port.
+    pub(crate) async fn bind_pairs(addresses: &[SocketAddr]) -> Result<Self, Error> {
+        if let Some(port) = second_port(addresses) {
+            let further = addresses.iter().map(|address| SocketAddr::new(address.ip(), port));
+            let all: Vec<_> = addresses.iter().copied().chain(further).collect();
+            match Self::bind(&all).await {
+                Ok(bound) => return Ok(bound),
+                Err(error) => tracing::warn!("no second STUN port: {error}"),
+            }
+        }
+        Self::bind(addresses).await
+    }
+
+    /// Where they answer.
+    pub(crate) fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Lets them answer.
+    pub(crate) fn serve(self, tasks: &mut JoinSet<()>) {
+        for server in self.servers {
+            tasks.spawn(async move { match server.run().await {} });
+        }
+    }
+}
+
+/// The port after the only one that is named. None on this host's loopback, which no NAT leads to.
+fn second_port(addresses: &[SocketAddr]) -> Option<u16> {
+    let first = addresses.first()?.port();
+    let alone = first != 0 && addresses.iter().all(|address| address.port() == first && !address.ip().is_loopback());
+    first.checked_add(1).filter(|_| alone)
 }
 
 /// Makes sure that the state directory exists and is its owner's alone.
@@ -156,6 +198,29 @@ mod tests {
         assert_eq!((nodes[0].ipv4.as_str(), nodes[0].ipv6.as_str()), ("203.0.113.2", "2001:db8::2"));
         assert_eq!((nodes[1].stun_port, nodes[1].stun_only), (3479, true));
         assert_eq!(nodes[1].cert_name, "");
+    }
+
+    #[test]
+    fn a_second_port_is_added_where_one_is_named_and_a_nat_may_lie_in_between() {
+        let second =
+            |list: &[&str]| second_port(&list.iter().map(|text| text.parse().unwrap()).collect::<Vec<SocketAddr>>());
+        assert_eq!(second(&["203.0.113.2:3478"]), Some(3479));
+        assert_eq!(second(&["203.0.113.2:3478", "[2001:db8::2]:3478"]), Some(3479));
+        assert_eq!(second(&["203.0.113.2:3478", "203.0.113.2:5000"]), None);
+        for one in ["127.0.0.1:3478", "[::1]:3478", "203.0.113.2:0", "203.0.113.2:65535"] {
+            assert_eq!(second(&[one]), None, "{one}");
+        }
+        assert_eq!(second(&[]), None);
+    }
+
+    #[tokio::test]
+    async fn a_second_port_that_is_taken_is_done_without() {
+        // No second port is added on loopback, so this holds the wildcard's.
+        let first = std::net::UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap();
+        let Some(next) = second_port(&[first]) else { return };
+        let _taken = std::net::UdpSocket::bind((first.ip(), next));
+        let bound = Stun::bind_pairs(&[first]).await.unwrap();
+        assert_eq!(bound.addresses(), [first]);
     }
 
     #[test]

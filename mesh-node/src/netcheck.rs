@@ -57,6 +57,8 @@ pub struct NatReport {
     pub easy: Option<bool>,
     /// What an outside port depends on: `endpoint-independent`, `address-dependent`, `address-and-port-dependent`.
     pub mapping: Option<String>,
+    /// Where that is not known, whether two ports of the only STUN server saw the same.
+    pub steady: bool,
     /// Who may send to an outside port, in the same words.
     pub filtering: Option<String>,
     /// Which ports are given: `preserving`, `sequential`, `block`, `random`.
@@ -91,6 +93,7 @@ impl From<&Behaviour> for NatReport {
         Self {
             easy: nat.is_easy(),
             mapping: nat.mapping.map(mapping).map(str::to_owned),
+            steady: nat.steady,
             filtering: nat.filtering.map(filtering).map(str::to_owned),
             allocation: allocation.map(str::to_owned),
             stride,
@@ -133,6 +136,10 @@ impl NetcheckReport {
             (Some(false), Some(BY_ADDRESS)) => "NAT: hard; another outside port for each address".to_owned(),
             (Some(false), Some(_)) => "NAT: hard; another outside port for each address and port".to_owned(),
             (Some(false), None) => "NAT: hard; outside ports depend on the destination".to_owned(),
+            (None, _) if nat.steady => {
+                "NAT: likely easy; both ports of the STUN server saw one outside port, another address would tell"
+                    .to_owned()
+            }
             (None, _) => "NAT: unknown; it takes two STUN servers at different addresses to tell".to_owned(),
         });
         let ports = nat.ports.map_or_else(String::new, |(first, last)| format!(", about {first} to {last}"));
@@ -209,6 +216,15 @@ mod tests {
         let json = serde_json::to_value(NetcheckReport::from(&report)).unwrap();
         assert_eq!(json["nat_v4"]["mapping"], "address-and-port-dependent");
         assert_eq!(json["nat_v4"]["stride"], 2);
+    }
+
+    #[test]
+    fn one_server_with_two_ports_makes_a_nat_likely_easy_and_no_more() {
+        let nat_v4 = Behaviour { steady: true, ..Behaviour::default() };
+        let report =
+            NetcheckReport::from(&Report { udp: true, translated_v4: Some(true), nat_v4, ..Report::default() });
+        assert_eq!((report.nat_v4.easy, report.nat_v4.steady), (None, true));
+        assert!(report.words()[0].starts_with("NAT: likely easy"));
     }
 
     #[test]

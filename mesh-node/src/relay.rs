@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
-use crate::listen::{self, CertificateFiles, Place};
+use crate::listen::{self, CertificateFiles, Place, Stun};
 use crate::state::StateDir;
 
 /// The region of a relay that was not told one.
@@ -39,7 +39,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Addresses to accept on; each answers TLS and plain HTTP. The first one is the one that is published.
     pub listen: Vec<SocketAddr>,
-    /// Addresses of the STUN responder. Default none.
+    /// Addresses of the STUN responder. Default none. Two ports of one address answer for each other on request; a map
+    /// names the second as a node of its own that is STUN-only.
     pub stun: Vec<SocketAddr>,
     /// The relay's region. Default [`DEFAULT_REGION`].
     pub region_id: RegionId,
@@ -117,7 +118,7 @@ impl Relay {
         let tls = tls.config(Some(server.public())).map_err(|error| Error::Tls(error.to_string()))?;
         let mut acceptor = Acceptor::from_listeners(listen::tcp(&config.listen).await?, Some(tls));
         let mut accepting = JoinSet::new();
-        listen::stun(&config.stun, &mut accepting).await?;
+        Stun::bind(&config.stun).await?.serve(&mut accepting);
         let connections = TaskTracker::new();
         let (relay, tracker) = (Arc::clone(&server), connections.clone());
         accepting.spawn(async move {
