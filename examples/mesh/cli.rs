@@ -74,8 +74,8 @@ pub(crate) struct Coordinator {
     /// The URL that nodes use to reach this server.
     #[arg(long)]
     pub(crate) url: String,
-    /// Addresses of the STUN responder; a further port is published as a STUN-only node, and shows nodes whether their NAT
-    /// treats ports of one host alike.
+    /// Addresses of the STUN responder. The next port answers too, unless another one is named here or it is taken: it is
+    /// published as a STUN-only node, and shows nodes whether their NAT treats ports of one host alike.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) stun: Vec<SocketAddr>,
     /// The id of the embedded relay's region.
@@ -151,9 +151,9 @@ pub(crate) struct Daemon {
     /// Do not ask the gateway for port mappings.
     #[arg(long)]
     pub(crate) no_portmap: bool,
-    /// Guess ports of NATs that give every destination another one. Experimental.
+    /// Do not guess ports where a NAT gives every destination another one.
     #[arg(long)]
-    pub(crate) guess_ports: bool,
+    pub(crate) no_port_guessing: bool,
     /// An address at which this node is known to be reachable, e.g. a forwarded port.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) static_endpoint: Vec<SocketAddr>,
@@ -392,7 +392,7 @@ mod tests {
         for line in [
             "mesh coordinator --state-dir d --listen 203.0.113.1:80 --listen [2001:db8::1]:80 --url http://203.0.113.1 --stun 203.0.113.1:3478 --region-id 5 --no-relay --derp-map f --tls-cert c --tls-key k --insecure-relay-for-tests",
             "mesh relay --state-dir d --listen 203.0.113.1:443 --stun 203.0.113.1:3478 --print-node --verify-url http://x",
-            "mesh daemon --state-dir d --socket s --tun userspace --port 41641 --socks5 127.0.0.1:1080 --http-proxy 127.0.0.1:8080 --ca-file f --no-portmap --static-endpoint 203.0.113.1:4 --relay-server-port 7777 --relay-server-endpoint 203.0.113.1:7777",
+            "mesh daemon --state-dir d --socket s --tun userspace --port 41641 --socks5 127.0.0.1:1080 --http-proxy 127.0.0.1:8080 --ca-file f --no-portmap --no-port-guessing --static-endpoint 203.0.113.1:4 --relay-server-port 7777 --relay-server-endpoint 203.0.113.1:7777",
             "mesh admin --state-dir d users create alice",
             "mesh admin --state-dir d codes create -o json",
             "mesh admin --state-dir d keys create --user alice --reusable --ephemeral --tag tag:x --expiry 24h -o json",

@@ -68,7 +68,7 @@ pub(crate) async fn daemon(options: cli::Daemon, socket: PathBuf) -> anyhow::Res
         Some(name) => Device::Tun(name.to_owned()),
     };
     let mut builder = Node::builder().state_dir(options.state_dir).device(device).port(options.port);
-    builder = builder.port_mapping(!options.no_portmap).port_guessing(options.guess_ports);
+    builder = builder.port_mapping(!options.no_portmap).port_guessing(!options.no_port_guessing);
     if let Some(listen) = options.socks5 {
         builder = builder.socks5(listen);
     }

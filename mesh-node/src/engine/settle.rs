@@ -51,6 +51,11 @@ impl Engine {
 
     fn drain_agent(&mut self, now: Instant) -> bool {
         let mut busy = false;
+        // What others have just told it may be due at once.
+        if self.agent.poll_timeout().is_some_and(|due| due <= now) {
+            self.agent.handle_timeout(now);
+            busy = true;
+        }
         while let Some(transmit) = self.agent.poll_transmit() {
             busy = true;
             self.transmit(now, transmit.path, Some(transmit.peer), transmit.datagram);

@@ -84,7 +84,7 @@ impl World {
                     epoch: now,
                     wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
                     mode: PathMode::Auto,
-                    port_guessing: false,
+                    port_guessing: true,
                     static_endpoints: Vec::new(),
                     timing: Timing::default(),
                 },
