@@ -7,6 +7,46 @@ use serde_json::Value;
 
 use super::{Host, Process};
 
+/// What a host's own counters say of UDP at one moment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UdpSample {
+    /// Seconds, from whenever.
+    pub(crate) at: f64,
+    /// Open sockets over IPv4.
+    pub(crate) sockets: usize,
+    /// Datagrams sent since the host was made.
+    pub(crate) sent: u64,
+}
+
+/// Looks at them ten times a second.
+pub(crate) struct UdpWatch(Process);
+
+impl UdpWatch {
+    const PROGRAM: &str = "import time
+while True:
+    udp = open('/proc/net/snmp').read().split('Udp: ')[2].split()
+    sockets = open('/proc/net/udp').read().count('\\n') - 1
+    print(time.monotonic(), sockets, udp[3], flush=True)
+    time.sleep(0.1)";
+
+    pub(crate) fn start(host: &Host) -> Self {
+        Self(host.spawn("udp", host.command("python3").args(["-c", Self::PROGRAM])))
+    }
+
+    /// All that was seen so far, oldest first.
+    pub(crate) fn samples(&self) -> Vec<UdpSample> {
+        let sample = |line: &str| {
+            let mut fields = line.split(' ');
+            Some(UdpSample {
+                at: fields.next()?.parse().ok()?,
+                sockets: fields.next()?.parse().ok()?,
+                sent: fields.next()?.parse().ok()?,
+            })
+        };
+        self.0.log().lines().filter_map(sample).collect()
+    }
+}
+
 /// Sends pings and returns how many were answered.
 pub(crate) fn ping(host: &Host, to: &str, count: u32, interval: &str) -> u32 {
     let outcome = host.try_sh(&format!("ping -n -q -c {count} -i {interval} -W 2 {to}"));
