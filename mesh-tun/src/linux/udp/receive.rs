@@ -15,6 +15,9 @@ use crate::linux::sys;
 const RECEIVED_AT_ONCE: usize = 128 << 10;
 const MIN_OFFERED: usize = 2;
 
+/// So many times the last call's datagrams fit into the next: preparing room for dozens takes time that one alone waits.
+const GROWTH: usize = 4;
+
 /// Datagrams received in one call, and whence each came.
 #[derive(Debug)]
 pub struct RecvBatch {
@@ -92,7 +95,8 @@ impl RecvBatch {
         })?;
         let before = self.batch.len();
         let bytes: usize = messages.iter().flatten().map(|received| received.len).sum();
-        self.offered = (RECEIVED_AT_ONCE * count / bytes.max(1)).clamp(MIN_OFFERED, GATHERED);
+        let room = (RECEIVED_AT_ONCE * count / bytes.max(1)).min(GROWTH * count);
+        self.offered = room.clamp(MIN_OFFERED, GATHERED);
         for received in messages.into_iter().take(count).flatten() {
             let segment = received.segment.unwrap_or(received.len).min(received.len);
             let whole = !received.truncated && segment <= self.datagram_size;
