@@ -11,6 +11,7 @@ use mesh_tun::batch::Batch;
 use mesh_tun::channel::ChannelDevice;
 use mesh_tun::device::Device;
 use planes::{A, B, End, now, pair};
+use rustix::time::{ClockId, clock_gettime};
 
 const FLOWS: u16 = 4;
 const PACKETS: u32 = 100_000;
@@ -76,6 +77,49 @@ fn a_data_plane_stops_at_once_with_batches_under_way() {
     b.plane.shutdown();
     a.plane.shutdown();
     assert!(started.elapsed() < Duration::from_secs(5), "took {:?}", started.elapsed());
+}
+
+/// A figure for `benches/RESULTS.md`, from a release build.
+#[test]
+#[ignore = "wants a release build and a quiet machine"]
+fn help_that_is_not_needed_costs_a_hundredth_at_most() {
+    const TURNS: usize = 101;
+    let (off, ready) = (pair(Workers::Off), pair(Workers::UpTo(2)));
+    let mut turns: Vec<[f64; 2]> = (0..TURNS).map(|_| [&off, &ready].map(|ends| cpu_of_bursts(ends))).collect();
+    assert_eq!(ready[0].plane.handed_over() + ready[1].plane.handed_over(), 0, "nothing was handed over");
+    let median = |mut values: Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let each = [0, 1].map(|which| median(turns.iter().map(|turn| turn[which]).collect()) * 1e9);
+    let ratio = median(turns.drain(..).map(|[off, ready]| ready / off).collect());
+    println!("CPU of a packet: {:.0} ns without workers, {:.0} ns with workers that sleep; ratio {ratio:.4}", each[0], each[1]);
+    assert!(ratio <= 1.01, "{ratio}");
+}
+
+/// CPU seconds of the process for each packet of some bursts, which leave the threads time to sleep.
+fn cpu_of_bursts([a, b]: &[End; 2]) -> f64 {
+    const BURSTS: u32 = 400;
+    const BURST: u64 = 32;
+    let mut batch = Batch::new(128, 1280);
+    let before = process_time();
+    for sequence in 0..BURSTS {
+        for _ in 0..BURST {
+            assert!(a.host.send(&packet(0, sequence)));
+        }
+        let mut arrived = 0;
+        while arrived < BURST {
+            batch.clear();
+            let count = b.host.read_batch(&mut batch, Duration::from_secs(20)).unwrap();
+            assert_ne!(count, 0, "packets are missing");
+            arrived += count as u64;
+        }
+    }
+    (process_time() - before).as_secs_f64() / f64::from(BURSTS) / BURST as f64
+}
+
+fn process_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap()
 }
 
 /// A UDP packet of 33 to 96 bytes.

@@ -55,6 +55,8 @@ pub enum Workers {
     Auto,
     /// Never.
     Off,
+    /// When they are needed, up to so many threads.
+    UpTo(usize),
     /// With so many threads, always, whatever the load.
     Always(usize),
 }
@@ -64,7 +66,7 @@ impl Workers {
         match self {
             Self::Auto => cores.saturating_sub(2).min(MAX_WORKERS),
             Self::Off => 0,
-            Self::Always(threads) => threads,
+            Self::UpTo(threads) | Self::Always(threads) => threads,
         }
     }
 }
@@ -311,6 +313,6 @@ mod tests {
     #[test]
     fn two_cores_have_no_workers_unless_told() {
         assert_eq!([1, 2, 3, 4, 16].map(|cores| Workers::Auto.threads(cores)), [0, 0, 1, 2, 8]);
-        assert_eq!([Workers::Off, Workers::Always(3)].map(|policy| policy.threads(2)), [0, 3]);
+        assert_eq!([Workers::Off, Workers::UpTo(2), Workers::Always(3)].map(|policy| policy.threads(2)), [0, 2, 3]);
     }
 }
