@@ -83,18 +83,33 @@ fn a_data_plane_stops_at_once_with_batches_under_way() {
 #[test]
 #[ignore = "wants a release build and a quiet machine"]
 fn help_that_is_not_needed_costs_a_hundredth_at_most() {
-    const TURNS: usize = 101;
-    let (off, ready) = (pair(Workers::Off), pair(Workers::UpTo(2)));
-    let mut turns: Vec<[f64; 2]> = (0..TURNS).map(|_| [&off, &ready].map(|ends| cpu_of_bursts(ends))).collect();
-    assert_eq!(ready[0].plane.handed_over() + ready[1].plane.handed_over(), 0, "nothing was handed over");
+    // Pairs are made anew now and then: where their memory lies is luck.
+    let mut turns = Vec::new();
+    for _ in 0..10 {
+        let (off, ready) = (pair(Workers::Off), pair(Workers::UpTo(2)));
+        turns.extend((0..30).map(|turn| turn_of(turn % 2 == 0, &off, &ready)));
+        assert_eq!(ready[0].plane.handed_over() + ready[1].plane.handed_over(), 0, "nothing was handed over");
+    }
     let median = |mut values: Vec<f64>| {
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
-    let each = [0, 1].map(|which| median(turns.iter().map(|turn| turn[which]).collect()) * 1e9);
-    let ratio = median(turns.drain(..).map(|[off, ready]| ready / off).collect());
-    println!("CPU of a packet: {:.0} ns without workers, {:.0} ns with workers that sleep; ratio {ratio:.4}", each[0], each[1]);
+    let each = [0, 1].map(|which: usize| median(turns.iter().map(|turn: &[f64; 2]| turn[which]).collect()) * 1e9);
+    let ratio = median(turns.into_iter().map(|[off, ready]| ready / off).collect());
+    println!(
+        "CPU of a packet: {:.0} ns without workers, {:.0} ns with workers that sleep; ratio {ratio:.4}",
+        each[0], each[1]
+    );
     assert!(ratio <= 1.01, "{ratio}");
+}
+
+/// The figures of both, whichever comes first.
+fn turn_of(off_first: bool, off: &[End; 2], ready: &[End; 2]) -> [f64; 2] {
+    if off_first {
+        return [cpu_of_bursts(off), cpu_of_bursts(ready)];
+    }
+    let ready = cpu_of_bursts(ready);
+    [cpu_of_bursts(off), ready]
 }
 
 /// CPU seconds of the process for each packet of some bursts, which leave the threads time to sleep.

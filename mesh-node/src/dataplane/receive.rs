@@ -162,8 +162,9 @@ impl<'a> Opener<'a> {
     pub(super) fn pass(&mut self, batch: &mut Batch, origins: &[Origin]) {
         if !self.opened.is_empty() {
             self.refuse_replays();
-            self.note_activity(origins);
-            let passed = self.judge(batch);
+            let now_ms = self.shared.now_ms();
+            self.note_activity(origins, now_ms);
+            let passed = self.judge(batch, now_ms);
             let lent = if passed > 0 { transmit::Lent::take(self.shared) } else { None };
             match self.shared.queue_of(self.number).write_batch(batch) {
                 Ok(taken) => self.shared.drops.add(DropReason::DeviceRefused, passed.saturating_sub(taken)),
@@ -241,8 +242,7 @@ impl<'a> Opener<'a> {
     }
 
     /// Writes the words that the timers read, once a session.
-    fn note_activity(&self, origins: &[Origin]) {
-        let now_ms = self.shared.now_ms();
+    fn note_activity(&self, origins: &[Origin], now_ms: u64) {
         for (session, cell) in self.sessions.iter().enumerate() {
             let (mut packets, mut bytes, mut last) = (0_usize, 0_usize, None);
             let (mut run, mut run_bytes) = (0_usize, 0_usize);
@@ -281,8 +281,8 @@ impl<'a> Opener<'a> {
     }
 
     /// Leaves in the batch what the device shall get, and returns how many packets that is.
-    fn judge(&self, batch: &mut Batch) -> usize {
-        let now = Duration::from_millis(self.shared.now_ms());
+    fn judge(&self, batch: &mut Batch, now_ms: u64) -> usize {
+        let now = Duration::from_millis(now_ms);
         let routes = self.shared.routes.load();
         let filter = self.shared.filter.load();
         let mut passed = 0;

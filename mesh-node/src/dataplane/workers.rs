@@ -44,6 +44,9 @@ const MAX_WORKERS: usize = 8;
 /// The most batches in a lane: of them nonces are taken already, and a receiver's window is 8,192 wide.
 const MAX_LANE: usize = 16;
 
+/// Every so many batches a thread asks for the time. A saturated one has thousands a second.
+const NOTES_A_LOOK: u32 = 16;
+
 /// How long a full lane is waited for before looking whether all has come to an end.
 const PATIENCE: Duration = Duration::from_millis(100);
 
@@ -212,6 +215,8 @@ pub(super) struct Handover<J: Job> {
     possible: bool,
     saturation: Saturation,
     packets: u64,
+    /// Notes until the clock is looked at.
+    unlooked: u32,
     lane: Option<Arc<Lane<J>>>,
     /// Whether the lane's jobs were made.
     stocked: bool,
@@ -220,7 +225,7 @@ pub(super) struct Handover<J: Job> {
 impl<J: Job> Handover<J> {
     /// For a thread that does everything itself.
     pub(super) fn never() -> Self {
-        Self { possible: false, saturation: Saturation::default(), packets: 0, lane: None, stocked: false }
+        Self { possible: false, saturation: Saturation::default(), packets: 0, unlooked: 0, lane: None, stocked: false }
     }
 
     /// For the calling thread, with workers off unless they are always on.
@@ -244,6 +249,11 @@ impl<J: Job> Handover<J> {
             return;
         }
         self.packets += packets as u64;
+        self.unlooked = self.unlooked.saturating_sub(1);
+        if packets > 0 && self.unlooked > 0 {
+            return;
+        }
+        self.unlooked = NOTES_A_LOOK;
         let now = Duration::from_millis(shared.now_ms());
         if now < self.saturation.due() {
             return;
