@@ -283,13 +283,14 @@ impl Agent {
         if self.mode == Mode::Relay || self.sockets.is_empty() {
             return;
         }
-        let searching = state.best.is_none();
+        let (searching, probing) = (state.best.is_none(), self.wanted.is_some() && state.udp_path(self.mode).is_some());
         self.relay_traffic(*peer);
         self.timers.set_if_absent(Timer::Heartbeat(*peer), now + self.timing.heartbeat);
         self.arm_endpoints();
         if searching {
             self.search(*peer, search::Urgency::Routine);
-        } else if self.wanted.is_some() {
+        }
+        if probing {
             self.timers.set_if_absent(Timer::Mtu(*peer), now);
         }
     }
@@ -327,8 +328,8 @@ impl Agent {
         id
     }
 
-    /// The longest datagram of data that will be sent, in bytes. Direct paths in use are probed whether they carry it, and
-    /// [`Event::LimitChanged`] tells of those that do not. Without it, nothing is probed.
+    /// The longest datagram of data that will be sent, in bytes. Paths in use are probed whether they carry it, direct ones
+    /// and those through peer relays, and [`Event::LimitChanged`] tells of those that do not. Without it, nothing is probed.
     pub fn set_wanted_length(&mut self, now: Instant, wanted: Option<usize>) {
         self.tick(now);
         if wanted == self.wanted {
@@ -337,6 +338,7 @@ impl Agent {
         self.wanted = wanted;
         for peer in self.peers.values_mut() {
             peer.candidates.values_mut().for_each(|candidate| candidate.limit = None);
+            peer.relayed.iter_mut().for_each(relay::Relayed::forget_limit);
         }
         for node in self.peers.keys().copied().collect::<Vec<_>>() {
             self.length_of_another_path(node);

@@ -46,6 +46,11 @@
 //! - The first challenge chooses the server's address. The ping goes out with the answer; a ping that comes in is answered,
 //!   and shows that the other leg is bound, so one goes back. The first pong proves the path, and its round trip is known.
 //! - A path through a relay lives by pings like a direct one. It is never preferred to a direct path, always to a region.
+//! - When the client's own network changes, it binds the same allocation again, at every address of the server and with a
+//!   new generation. The peer need not hear of it. Meanwhile, and after a second ping without an answer, everything goes
+//!   by the region as well.
+//! - How long a datagram passes, pings padded to that length tell, header and both legs included. Until one longer has been
+//!   answered, no datagram of WireGuard's is longer than 1,312 bytes.
 //!
 //! What deployed clients leave to chance we repeat: binds, answers and pings that may have been lost.
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use mesh_derp::map::RegionId;
-use mesh_nat::{Path, SocketId};
+use mesh_nat::{Path, SocketId, Vni};
 use mesh_node::dataplane::{Config, Dataplane, DropReason, Notice, Notices, PeerConfig, RelaySink, Traffic, Workers};
 use mesh_noise::key::{NodePrivate, NodePublic};
 use mesh_noise::random::SeededRng;
@@ -170,6 +170,20 @@ fn while_a_path_is_in_doubt_packets_go_by_the_relay_too_and_arrive_once() {
     assert!(pair.a.host.send(&packet(A, B, 1, 30)));
     pair.run_until(|pair| pair.b.count() == 31);
     assert_eq!(pair.a.traffic().1, before, "the relay is left");
+}
+
+#[test]
+fn while_a_path_through_a_peer_relay_is_in_doubt_the_copies_have_no_header() {
+    let mut pair = Pair::connected();
+    // The peer's own socket, as if a server had forwarded to it.
+    let through = Path::PeerRelay { server: pair.b.socket.local_addr(), vni: Vni::new(7).unwrap() };
+    pair.a.plane.set_path(&pair.b.key, Some(through));
+    pair.a.plane.set_backup(&pair.b.key, Some(Path::Relay { region: RegionId::new(1).unwrap() }));
+    for sequence in 0..20 {
+        assert!(pair.a.host.send(&packet(A, B, 1, sequence)));
+    }
+    let replayed = |pair: &Pair| pair.b.plane.drops().get(&DropReason::Replayed).copied().unwrap_or(0);
+    pair.run_until(|pair| pair.b.count() == 20 && replayed(pair) == 20);
 }
 
 #[test]

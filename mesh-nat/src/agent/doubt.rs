@@ -77,10 +77,13 @@ impl Doubt {
 }
 
 impl Peer {
-    /// Where data goes as well as by the direct path, because that is in doubt.
+    /// Where data goes as well as by the direct path, or the one through a peer relay, because that is in doubt.
     fn backup(&self, mode: Mode) -> Option<Path> {
-        let doubted = mode == Mode::Auto && self.best.is_some() && self.doubt.misses > 0;
-        self.region().filter(|_| doubted).map(|region| Path::Relay { region })
+        let doubted = match self.best {
+            Some(_) => self.doubt.misses > 0,
+            None => self.relayed.is_some_and(|relayed| relayed.doubted),
+        };
+        self.region().filter(|_| mode == Mode::Auto && doubted).map(|region| Path::Relay { region })
     }
 }
 

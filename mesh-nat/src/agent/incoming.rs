@@ -172,7 +172,12 @@ impl Agent {
             self.timers.clear(Timer::UserPing(id));
             self.events.push_back(Event::PingAnswered { id, peer: probe.peer, path: probe.path, latency });
         }
-        let Path::Direct { socket, remote } = probe.path else { return Ok(()) };
+        let Path::Direct { socket, remote } = probe.path else {
+            if let Some(length) = probe.length {
+                self.length_passes(probe.peer, probe.path, length);
+            }
+            return Ok(());
+        };
         let target = Target { socket, remote };
         if probe.guess {
             self.guess_answered(probe.peer, target);
@@ -190,7 +195,7 @@ impl Agent {
             self.undoubt(probe.peer);
         }
         if let Some(length) = probe.length {
-            self.length_passes(probe.peer, target, length);
+            self.length_passes(probe.peer, probe.path, length);
         }
         self.map(probe.peer, target);
         self.reselect(probe.peer);

@@ -1,11 +1,15 @@
-//! Which lengths arrive: runs [`MtuSearch`] for direct paths that carry traffic.
+//! Which lengths arrive: runs [`MtuSearch`] for paths that carry traffic, direct ones and those through peer relays.
+//!
+//! What is pinged with is a datagram of the wanted length at the place where data would go: through a peer relay it has
+//! the relay's header in front, and has to pass on both sides of the relay. A direct path is thought to carry what is
+//! wanted until that is refuted; a relayed one, of which nobody knows the other side, only what a tunnel of 1,280 needs.
 
 use std::time::Duration;
 
 use mesh_noise::key::NodePublic;
 
-use super::relay::RELAYED_LIMIT;
 use super::{Agent, Event, Timer};
+use crate::classify::GENEVE_LEN;
 use crate::path::candidate::Target;
 use crate::path::mtu::{Found, MtuSearch};
 use crate::path::{Family, Path};
@@ -14,22 +18,45 @@ use crate::path::{Family, Path};
 const OVERHEAD_V4: usize = 28;
 const OVERHEAD_V6: usize = 48;
 
+/// What stands in front of WireGuard's datagrams along a path.
+fn overhead(path: &Path) -> usize {
+    let (remote, header) = match path {
+        Path::Direct { remote, .. } => (remote, 0),
+        Path::PeerRelay { server, .. } => (server, GENEVE_LEN),
+        // Regions are not asked: TCP carries any length.
+        Path::Relay { .. } => return 0,
+    };
+    let ip = match Family::of(remote) {
+        Family::V4 => OVERHEAD_V4,
+        Family::V6 => OVERHEAD_V6,
+    };
+    ip + header
+}
+
 impl Agent {
-    /// The direct path has changed, or what is wanted of it.
+    /// The path in use has changed, or what is wanted of it.
     pub(super) fn length_of_another_path(&mut self, node: NodePublic) {
-        let now = self.now;
+        let (now, mode) = (self.now, self.mode);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         peer.mtu = None;
         self.timers.clear(Timer::Mtu(node));
-        if peer.best.is_some() && self.wanted.is_some() && peer.active(now, &self.timing) {
+        if peer.udp_path(mode).is_some() && self.wanted.is_some() && peer.active(now, &self.timing) {
             self.timers.set(Timer::Mtu(node), now);
         }
         self.tell_limit(node);
     }
 
+    /// The way through a peer relay has changed, which matters where there is no direct one.
+    pub(super) fn length_through_relay(&mut self, node: NodePublic) {
+        if self.peers.get(&node).is_some_and(|peer| peer.best.is_none()) {
+            self.length_of_another_path(node);
+        }
+    }
+
     /// Looks now whether the path still carries what it did, unless that is under way.
     pub(super) fn check_length(&mut self, node: NodePublic) {
-        let idle = self.peers.get(&node).is_some_and(|peer| peer.mtu.is_none() && peer.best.is_some());
+        let mode = self.mode;
+        let idle = self.peers.get(&node).is_some_and(|peer| peer.mtu.is_none() && peer.udp_path(mode).is_some());
         if idle && self.wanted.is_some() {
             self.timers.set(Timer::Mtu(node), self.now);
         }
@@ -37,64 +64,81 @@ impl Agent {
 
     /// Begins a search, or its next round.
     pub(super) fn length_due(&mut self, node: NodePublic) {
-        let (now, timing) = (self.now, self.timing);
+        let (now, timing, mode) = (self.now, self.timing, self.mode);
+        let patience = self.patience_of_relay(&node);
         let Some(peer) = self.peers.get_mut(&node) else { return };
-        let (Some(wanted), Some(best)) = (self.wanted, peer.best) else { return };
-        let Some(candidate) = peer.candidates.get(&best) else { return };
+        let (Some(wanted), Some(path)) = (self.wanted, peer.udp_path(mode)) else { return };
         if peer.mtu.is_none() && !peer.active(now, &timing) {
             // The next traffic looks again.
             return;
         }
-        let overhead = match Family::of(&best.remote) {
-            Family::V4 => OVERHEAD_V4,
-            Family::V6 => OVERHEAD_V6,
+        let (known, patience) = match path {
+            Path::Direct { socket, remote } => {
+                let Some(candidate) = peer.candidates.get(&Target { socket, remote }) else { return };
+                (candidate.limit, candidate.round_trip.map_or(Duration::ZERO, |round_trip| round_trip.patience()))
+            }
+            Path::PeerRelay { .. } => (peer.relayed.and_then(|relayed| relayed.limit), patience),
+            Path::Relay { .. } => return,
         };
-        let patience = candidate.round_trip.map_or(Duration::ZERO, |round_trip| round_trip.patience());
-        let search = peer.mtu.get_or_insert_with(|| MtuSearch::new(wanted, overhead, candidate.limit));
+        let search = peer.mtu.get_or_insert_with(|| MtuSearch::new(wanted, overhead(&path), known));
         match search.next_round() {
             Ok(lengths) => {
                 self.timers.set(Timer::Mtu(node), now + patience.max(timing.mtu_round));
                 for length in lengths {
-                    self.send_length_probe(node, best, length);
+                    self.send_length_probe(node, path, length);
                 }
             }
-            Err(found) => self.length_found(node, best, found),
+            Err(found) => self.length_found(node, path, found),
         }
     }
 
-    /// A padded ping along `target` was answered.
-    pub(super) fn length_passes(&mut self, node: NodePublic, target: Target, length: usize) {
-        let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.best == Some(target)) else { return };
+    /// How long an answer through the peer relay in use may take.
+    fn patience_of_relay(&self, node: &NodePublic) -> Duration {
+        self.relay.status(node).map_or(Duration::ZERO, |status| status.latency * 2)
+    }
+
+    /// A padded ping along `path` was answered.
+    pub(super) fn length_passes(&mut self, node: NodePublic, path: Path, length: usize) {
+        let mode = self.mode;
+        let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.path(mode) == Some(path)) else { return };
         if peer.mtu.as_mut().is_some_and(|search| search.answered(length)) {
-            self.length_found(node, target, Found::NoLimit);
+            self.length_found(node, path, Found::NoLimit);
         }
     }
 
-    fn length_found(&mut self, node: NodePublic, target: Target, found: Found) {
+    fn length_found(&mut self, node: NodePublic, path: Path, found: Found) {
         let Some(peer) = self.peers.get_mut(&node) else { return };
         peer.mtu = None;
-        let Some(candidate) = peer.candidates.get_mut(&target) else { return };
+        let limit = match path {
+            Path::Direct { socket, remote } => {
+                peer.candidates.get_mut(&Target { socket, remote }).map(|candidate| &mut candidate.limit)
+            }
+            Path::PeerRelay { .. } => peer.relayed.as_mut().map(|relayed| &mut relayed.limit),
+            Path::Relay { .. } => None,
+        };
+        let Some(limit) = limit else { return };
         match found {
-            Found::NoLimit => candidate.limit = None,
-            Found::Limit(limit) => candidate.limit = Some(limit),
+            Found::NoLimit => *limit = None,
+            Found::Limit(found) => *limit = Some(found),
             Found::Nothing => {}
         }
-        let pause = if candidate.limit.is_none() { self.timing.mtu_confirm } else { self.timing.mtu_raise };
+        let pause = if limit.is_none() { self.timing.mtu_confirm } else { self.timing.mtu_raise };
         self.timers.set(Timer::Mtu(node), self.now + pause);
         self.tell_limit(node);
     }
 
     /// Tells the caller if the path in use has another limit than it knows of.
     pub(super) fn tell_limit(&mut self, node: NodePublic) {
-        let (mode, wanted) = (self.mode, self.wanted.filter(|wanted| *wanted > RELAYED_LIMIT));
+        let (mode, wanted) = (self.mode, self.wanted);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let limit = match peer.path(mode) {
             Some(Path::Direct { socket, remote }) => {
                 peer.candidates.get(&Target { socket, remote }).and_then(|candidate| candidate.limit)
             }
-            Some(Path::PeerRelay { .. }) => wanted.map(|_| RELAYED_LIMIT),
+            Some(Path::PeerRelay { .. }) => peer.relayed.and_then(|relayed| relayed.limit),
             Some(Path::Relay { .. }) | None => None,
         };
+        let limit = limit.filter(|limit| wanted.is_some_and(|wanted| *limit < wanted));
         if limit != peer.told_limit {
             peer.told_limit = limit;
             self.events.push_back(Event::LimitChanged { peer: node, limit });

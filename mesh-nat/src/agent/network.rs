@@ -79,7 +79,11 @@ impl Agent {
         self.tick(now);
         self.endpoints_at = None;
         self.endpoints_asked = None;
-        self.relay.forget();
+        if self.mode == Mode::Auto && !self.sockets.is_empty() {
+            self.relay.rebind(now);
+        } else {
+            self.relay.forget();
+        }
         // An answer to an earlier ping says nothing about the network as it is now.
         let stale: Vec<_> = self
             .probes

@@ -7,6 +7,7 @@ use mesh_derp::map::RegionId;
 use mesh_noise::key::{DiscoPublic, SharedBox};
 
 use super::doubt::Doubt;
+use super::relay::Relayed;
 use super::{Counters, Mode, Timing};
 use crate::behaviour::Behaviour;
 use crate::path::candidate::{Candidates, Target, usable};
@@ -14,7 +15,6 @@ use crate::path::mtu::MtuSearch;
 use crate::path::probe::Budget;
 use crate::path::select::{Incumbent, select};
 use crate::path::{Family, Path, SocketId};
-use crate::relay::client::Place;
 
 /// How long after a call-me-maybe of ours we take part in a search without traffic of our own.
 const CALL_ENGAGES: Duration = Duration::from_secs(10);
@@ -34,7 +34,7 @@ pub(super) struct Peer {
     pub(super) candidates: Candidates,
     pub(super) best: Option<Target>,
     /// The way through a peer relay, while it is proven.
-    pub(super) relayed: Option<Place>,
+    pub(super) relayed: Option<Relayed>,
     /// The path that the caller knows of.
     pub(super) published: Option<Path>,
     pub(super) since: Instant,
@@ -62,7 +62,7 @@ pub(super) struct Peer {
     pub(super) repeated: Option<Instant>,
     /// Whether the latest call-me-maybe is to be repeated if nothing comes of it.
     pub(super) call_again: bool,
-    /// The search for the limit of the direct path under way.
+    /// The search for the limit of the path in use under way.
     pub(super) mtu: Option<MtuSearch>,
     /// The limit that the caller knows of.
     pub(super) told_limit: Option<usize>,
@@ -109,10 +109,15 @@ impl Peer {
         let relay = self.region().map(|region| Path::Relay { region });
         let direct = self.best.map(Path::from);
         match mode {
-            Mode::Auto => direct.or(self.relayed.map(Path::from)).or(relay),
+            Mode::Auto => direct.or(self.relayed.map(|relayed| relayed.place.into())).or(relay),
             Mode::Relay => relay,
             Mode::Direct => direct,
         }
+    }
+
+    /// The path in use, if it goes by UDP.
+    pub(super) fn udp_path(&self, mode: Mode) -> Option<Path> {
+        self.path(mode).filter(|path| !path.is_relay())
     }
 
     /// The direct path to use now.

@@ -13,9 +13,10 @@ use crate::path::{Family, Path, Vni};
 use crate::relay::client::{Output, Place};
 use crate::relay::geneve::{self, Content};
 
-/// The longest WireGuard datagram that is sent through a peer relay, in bytes: what a tunnel of 1,280 needs. Longer ones
-/// may not pass on either side of the relay, and nobody probes that.
-pub(super) const RELAYED_LIMIT: usize = 1312;
+/// The longest WireGuard datagram that is sent through a peer relay before a longer ping has been answered, in bytes: what
+/// a tunnel of 1,280 needs. With the relay's header that makes packets of 1,348 bytes, or 1,368 by IPv6, which all but the
+/// narrowest links carry; those are found like narrow direct paths.
+const RELAYED_LIMIT: usize = 1312;
 /// Shared keys with servers that are kept.
 const MAX_BOXES: usize = 64;
 
@@ -26,6 +27,27 @@ pub struct Relays {
     pub servers: BTreeSet<NodePublic>,
     /// Peers that may ask us.
     pub clients: BTreeSet<NodePublic>,
+}
+
+/// The way to a peer through a peer relay, while it is proven.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Relayed {
+    pub(super) place: Place,
+    /// Whether a region carries copies, since it may have stopped working.
+    pub(super) doubted: bool,
+    /// The longest datagram that is known to pass; none if everything that is wanted does.
+    pub(super) limit: Option<usize>,
+}
+
+impl Relayed {
+    const fn new(place: Place) -> Self {
+        Self { place, doubted: false, limit: Some(RELAYED_LIMIT) }
+    }
+
+    /// What is wanted has changed: nothing is known about it.
+    pub(super) const fn forget_limit(&mut self) {
+        self.limit = Some(RELAYED_LIMIT);
+    }
 }
 
 impl From<Place> for Path {
@@ -78,8 +100,19 @@ impl Agent {
                 }
                 Output::Path { peer, place } => {
                     if let Some(state) = self.peers.get_mut(&peer) {
-                        state.relayed = place;
+                        state.relayed = place.map(Relayed::new);
                         self.refresh(peer);
+                        self.length_through_relay(peer);
+                    }
+                }
+                Output::Doubt { peer, doubted } => {
+                    if let Some(relayed) = self.peers.get_mut(&peer).and_then(|state| state.relayed.as_mut()) {
+                        relayed.doubted = doubted;
+                        self.refresh(peer);
+                        if !doubted {
+                            // It may lead by another network now.
+                            self.length_through_relay(peer);
+                        }
                     }
                 }
             }

@@ -186,8 +186,8 @@ impl Agent {
     }
 
     /// Asks whether a datagram of `length` bytes arrives. No answer says nothing else about the path.
-    pub(super) fn send_length_probe(&mut self, node: NodePublic, target: Target, length: usize) {
-        let (now, path) = (self.now, Path::from(target));
+    pub(super) fn send_length_probe(&mut self, node: NodePublic, path: Path, length: usize) {
+        let now = self.now;
         let mut tx = [0; 12];
         self.rng.fill_bytes(&mut tx);
         let tx = TxId(tx);

@@ -165,7 +165,7 @@ pub enum Event {
     LimitChanged {
         /// The peer.
         peer: NodePublic,
-        /// Bytes of UDP payload; none if all that are wanted pass, as through a relay.
+        /// Bytes of WireGuard's; none if all that are wanted pass, as through a region.
         limit: Option<usize>,
     },
     /// A user ping was answered.
@@ -288,7 +288,7 @@ pub struct PeerStatus {
     pub backup: Option<Path>,
     /// Smoothed round trip of the direct path in use, or of the one through a peer relay.
     pub latency: Option<Duration>,
-    /// The longest datagram that the direct path in use carries, in bytes, if that is less than is wanted.
+    /// The longest datagram that the path in use carries, in bytes, if that is less than is wanted.
     pub limit: Option<usize>,
     /// Since when `path` is what it is.
     pub since: Instant,

@@ -1,4 +1,4 @@
-//! How long a datagram may be to arrive along a direct path, found out by padded pings (RFC 8899 in spirit).
+//! How long a datagram may be to arrive along a path, found out by padded pings (RFC 8899 in spirit).
 //!
 //! A path is thought to carry what is wanted until that has been refuted, since most do and a probe costs them one
 //! datagram. A round sends pings and waits for their pongs:
@@ -23,7 +23,7 @@ const LINKS: [usize; 16] =
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MtuSearch {
     wanted: usize,
-    /// Of the IP and UDP headers in front of a datagram.
+    /// Of the headers in front of a datagram.
     overhead: usize,
     /// The limit known before.
     known: Option<usize>,
@@ -43,7 +43,8 @@ pub(crate) enum Found {
 }
 
 impl MtuSearch {
-    /// A search whether datagrams of `wanted` bytes pass. `overhead` is 28 for IPv4 and 48 for IPv6.
+    /// A search whether datagrams of `wanted` bytes pass. `overhead` is 28 for IPv4 and 48 for IPv6, and 8
+    /// more through a peer relay.
     pub(crate) fn new(wanted: usize, overhead: usize, known: Option<usize>) -> Self {
         Self { wanted, overhead, known, round: 0, longest: 0 }
     }

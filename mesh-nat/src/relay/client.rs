@@ -10,8 +10,8 @@
 //!                                           binding: bind to all addresses, answer the first challenge, ping
 //!                                               │ pong
 //!                                               ▼
-//!   asking again ◄───────────────────────── path: pinged every 3 s in use, every 25 s behind a direct path
-//!    (unanswered, or 60 s old)
+//!   asking again ◄───────────────────────── path: pinged every 3 s in use, every 25 s behind a direct path;
+//!    (unanswered, or 60 s old)                     bound again when our own network changes
 //! ```
 //!
 //! The first look is delayed a little, for most peers turn out to be direct; when a direct path is lost there is no delay.
@@ -137,6 +137,14 @@ pub enum Output {
         /// The way.
         place: Option<Place>,
     },
+    /// The way last told may have stopped working: a region should carry copies of everything until this comes again with
+    /// `false`, or another [`Output::Path`].
+    Doubt {
+        /// The peer.
+        peer: NodePublic,
+        /// Whether it is in doubt.
+        doubted: bool,
+    },
 }
 
 /// What is known of a path through a relay.
@@ -184,8 +192,9 @@ struct Peer {
     /// By the server's disco key.
     handshakes: BTreeMap<DiscoPublic, Handshake>,
     path: Option<Relayed>,
-    /// What the owner has been told.
+    /// What the owner has been told: where the path is, and whether that is in doubt.
     told: Option<Place>,
+    doubted: bool,
     /// For what the peer makes us send.
     budget: Budget,
 }
@@ -262,7 +271,8 @@ impl Client {
         }
     }
 
-    /// The network below has changed, or relays may not be used any more: nothing that was found holds.
+    /// Relays cannot or may not be used any more: nothing that was found holds. After a change of network,
+    /// [`Self::rebind`].
     pub fn forget(&mut self) {
         for peer in self.peers.keys().copied().collect::<Vec<_>>() {
             self.remove_peer(&peer);
@@ -502,6 +512,7 @@ impl Peer {
             handshakes: BTreeMap::new(),
             path: None,
             told: None,
+            doubted: false,
             budget: Budget::full(now),
         }
     }

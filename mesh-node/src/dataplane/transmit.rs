@@ -311,11 +311,11 @@ impl<'a> Dispatch<'a> {
     ) {
         let count = run.len();
         if let Some(route) = peer.route() {
-            self.carry(peer, &route.path, run.clone(), bytes);
             if let Some(backup) = route.backup {
-                // In doubt: one of the two will arrive.
-                self.carry(peer, &backup, run, bytes);
+                // In doubt: one of the two will arrive. The relay copies, and first: a peer relay's path puts a header on.
+                self.carry(peer, &backup, run.clone(), bytes);
             }
+            self.carry(peer, &route.path, run, bytes);
         } else {
             self.shared.drops.add(DropReason::NoPath, count);
             return;

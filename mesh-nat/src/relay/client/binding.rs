@@ -9,6 +9,7 @@ use rand_core::Rng;
 
 use super::{Client, Origin, Output, Place, Relayed, Timer};
 use crate::disco::message::{Binding, Message, RelayEndpoint, TxId};
+use crate::path::Vni;
 use crate::path::candidate::usable;
 use crate::path::probe::RoundTrip;
 
@@ -59,8 +60,8 @@ impl Client {
         let Some(state) = self.peers.get_mut(&peer) else { return };
         let server = endpoint.server;
         let newer = |lamport: u64| endpoint.lamport > lamport;
-        let path = state.path.as_ref().filter(|path| path.server == server);
-        let stale = path.is_some_and(|path| !newer(path.lamport) && path.place.vni != endpoint.vni);
+        let path = state.path.as_ref().filter(|path| path.endpoint.server == server);
+        let stale = path.is_some_and(|path| !newer(path.endpoint.lamport) && path.place.vni != endpoint.vni);
         if stale || state.handshakes.get(&server).is_some_and(|other| !newer(other.endpoint.lamport)) {
             return;
         }
@@ -75,13 +76,41 @@ impl Client {
         if !state.handshakes.contains_key(&server) && state.handshakes.len() >= MAX_HANDSHAKES {
             return;
         }
-        let end = now + endpoint.bind_lifetime.min(timing.handshake);
-        let generation = self.next_generation();
+        self.begin(peer, endpoint, now);
+        self.speak(peer, server);
+    }
+
+    /// Binds from `at` on, in place of any other handshake with the server.
+    fn begin(&mut self, peer: NodePublic, endpoint: RelayEndpoint, at: Instant) {
+        let (generation, timing, server) = (self.next_generation(), self.timing, endpoint.server);
+        let Some(state) = self.peers.get_mut(&peer) else { return };
+        let end = at + endpoint.bind_lifetime.min(timing.handshake);
         let handshake =
             Handshake { endpoint, generation, end, pause: timing.rebind, answered: None, pings: BTreeMap::new() };
-        let Some(state) = self.peers.get_mut(&peer) else { return };
         state.handshakes.insert(server, handshake);
-        self.speak(peer, server);
+        self.timers.set(Timer::Handshake(peer, server), at);
+    }
+
+    /// Binds everything of `peer` again from `at` on: handshakes under way, whose challenges were for another address of
+    /// ours, and the path, if `path` says what it is bound to.
+    pub(super) fn begin_again(&mut self, peer: NodePublic, path: Option<RelayEndpoint>, at: Instant) {
+        let Some(state) = self.peers.get(&peer) else { return };
+        let mut endpoints: Vec<_> = state.handshakes.values().map(|handshake| handshake.endpoint.clone()).collect();
+        endpoints.extend(path.filter(|path| !state.handshakes.contains_key(&path.server)));
+        for endpoint in endpoints {
+            self.begin(peer, endpoint, at);
+        }
+    }
+
+    /// The path through the server is sound without being bound again. An answer that is under way has to be waited for,
+    /// though: it may bind us at another address.
+    pub(super) fn need_not_bind(&mut self, peer: NodePublic, server: DiscoPublic, vni: Vni) {
+        let Some(state) = self.peers.get_mut(&peer) else { return };
+        let silent = |handshake: &Handshake| handshake.answered.is_none() && handshake.endpoint.vni == vni;
+        if state.handshakes.get(&server).is_some_and(silent) {
+            state.handshakes.remove(&server);
+            self.timers.clear(Timer::Handshake(peer, server));
+        }
     }
 
     /// Sends what the handshake waits for an answer to, and arms its repetition.
@@ -179,13 +208,13 @@ impl Client {
         let done = state.handshakes.iter().find_map(|(server, handshake)| {
             let (other, _) = handshake.answered?;
             let sent = handshake.pings.get(&tx)?;
-            (other == place).then_some((*server, handshake.endpoint.lamport, *sent))
+            (other == place).then_some((*server, *sent))
         });
-        let Some((server, lamport, sent)) = done else { return self.path_pong(peer, place, tx) };
-        state.handshakes.remove(&server);
+        let Some((server, sent)) = done else { return self.path_pong(peer, place, tx) };
         self.timers.clear(Timer::Handshake(peer, server));
+        let Some(handshake) = state.handshakes.remove(&server) else { return false };
         let round_trip = RoundTrip::first(now.saturating_duration_since(sent));
-        self.proven(peer, Relayed::new(server, place, lamport, now, round_trip));
+        self.proven(peer, Relayed::new(handshake.endpoint, place, now, round_trip));
         true
     }
 }

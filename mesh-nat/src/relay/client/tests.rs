@@ -367,6 +367,100 @@ fn a_faster_relay_takes_over_and_a_little_faster_one_does_not() {
 }
 
 #[test]
+fn a_change_of_network_binds_the_same_allocation_again() {
+    let mut world = World::with_path();
+    world.traffic(false);
+    world.client.rebind(world.now);
+    assert_eq!(world.take(), [Output::Doubt { peer: node(PEER), doubted: true }], "and the path stays");
+    world.client.handle_timeout(world.now);
+    world.drain();
+    assert_eq!((pings(&world.seen).len(), requests(&world.seen)), (1, 0));
+    let bound: Vec<_> = binds(&world.seen).iter().map(|(place, bind)| (place.server, bind.vni.get())).collect();
+    assert_eq!(bound, world.endpoint(1, 1).endpoints.iter().map(|server| (*server, 1)).collect::<Vec<_>>());
+    world.bind_and_prove(1);
+    assert_eq!(world.take(), [Output::Doubt { peer: node(PEER), doubted: false }]);
+    assert!(!world.client.expects(&disco(SERVER)), "the handshake is over");
+}
+
+#[test]
+fn a_path_that_answers_all_the_same_is_not_bound_again() {
+    let mut world = World::with_path();
+    let before = pings(&{
+        world.run(Duration::from_secs(4), Some(false));
+        world.take()
+    });
+    world.client.rebind(world.now);
+    world.client.handle_timeout(world.now);
+    let outputs = world.take();
+    assert!(
+        !world.client.pong(world.now, node(PEER), World::place(1), *before.last().unwrap()),
+        "an answer from before"
+    );
+    world.pong(1, &outputs);
+    assert_eq!(world.take(), [Output::Doubt { peer: node(PEER), doubted: false }]);
+    world.run(Duration::from_secs(1), Some(false));
+    assert_eq!(binds(&world.take()), []);
+}
+
+#[test]
+fn a_handshake_under_way_starts_over_from_another_network() {
+    let mut world = World::new();
+    world.traffic(false);
+    world.client.via(world.now, node(PEER), disco(PEER), world.endpoint(1, 1));
+    let (_, first) = binds(&world.take()).remove(0);
+    let challenge = Binding { challenge: [9; 32], ..first.clone() };
+    assert!(world.client.challenge(world.now, disco(SERVER), server_address(), &challenge));
+    world.take();
+    world.client.rebind(world.now);
+    world.client.handle_timeout(world.now);
+    world.drain();
+    assert!(binds(&world.seen).iter().all(|(_, bind)| bind.generation != first.generation));
+    world.bind_and_prove(1);
+    assert!(world.client.status(&node(PEER)).is_some());
+}
+
+#[test]
+fn of_a_thousand_paths_those_with_the_latest_traffic_are_bound_again_first_and_not_all_at_once() {
+    let mut world = World::new();
+    let key = |number: u16| {
+        let mut key = [7; 32];
+        key[..2].copy_from_slice(&number.to_be_bytes());
+        (NodePublic::from_bytes(key), DiscoPublic::from_bytes(key))
+    };
+    let mut now = world.now;
+    for number in 0..1000_u16 {
+        let (peer, theirs) = key(number);
+        now += Duration::from_millis(1);
+        world.client.traffic(now, peer, theirs, false);
+        let endpoint = RelayEndpoint { clients: [theirs, disco(ME)], ..world.endpoint(1 + u32::from(number), 1) };
+        world.client.via(now, peer, theirs, endpoint);
+    }
+    world.now = now;
+    world.take();
+    world.client.rebind(now);
+    let mut count = |after| {
+        world.client.handle_timeout(now + Duration::from_millis(after));
+        let outputs = world.take();
+        let newest = binds(&outputs).iter().map(|(place, _)| place.vni.get()).max();
+        (binds(&outputs).len() / 2, newest)
+    };
+    let (at_once, newest) = count(0);
+    assert!((64..=65).contains(&at_once) && newest == Some(1000), "{at_once} at once, {newest:?}");
+    let (next, newest) = count(100);
+    assert!((49..=51).contains(&next) && newest < Some(1000), "{next} in the next 100 ms, {newest:?}");
+}
+
+#[test]
+fn a_ping_without_an_answer_makes_a_path_doubtful() {
+    let mut world = World::with_path();
+    world.run(Duration::from_secs(4), Some(false));
+    let outputs = world.take();
+    assert!(outputs.contains(&Output::Doubt { peer: node(PEER), doubted: true }), "{outputs:?}");
+    world.pong(1, &outputs);
+    assert_eq!(world.take(), [Output::Doubt { peer: node(PEER), doubted: false }]);
+}
+
+#[test]
 fn a_server_asks_itself_without_a_detour() {
     let mut world = World::new();
     world.client.set_servers(BTreeSet::from([node(ME)]));
@@ -397,7 +491,7 @@ fn a_peer_cannot_make_us_send_without_end() {
 
 proptest::proptest! {
     #[test]
-    fn no_order_of_events_leaves_a_deadline_due(steps in proptest::collection::vec((0u8..8, 0u64..8000), 0..200)) {
+    fn no_order_of_events_leaves_a_deadline_due(steps in proptest::collection::vec((0u8..9, 0u64..8000), 0..200)) {
         let mut world = World::new();
         let mut sent = Vec::new();
         for (step, millis) in steps {
@@ -431,6 +525,7 @@ proptest::proptest! {
                         world.client.response(world.now, node(SERVER), AllocateResponse { generation, endpoint });
                     }
                 }
+                7 => world.client.rebind(world.now),
                 _ => world.client.remove_peer(&node(PEER)),
             }
             world.client.handle_timeout(world.now);
