@@ -247,7 +247,7 @@ impl<'a> Forwarder<'a> {
     fn forward(&mut self, socket: &UdpBatch, room: &RecvBatch) {
         let shared = self.shared;
         let now = (shared.now)();
-        let pairs = shared.pairs.load();
+        let mut pairs = shared.pairs.load();
         let batch = room.batch();
         let (mut run, mut runs_ms): (Option<Run>, Option<u64>) = (None, None);
         let mut settle = |run: Option<Run>| {
@@ -263,7 +263,10 @@ impl<'a> Forwarder<'a> {
                 continue;
             };
             if header.control {
+                settle(run.take());
                 self.control(socket, now, source, datagram);
+                // Deployed clients send their only ping right behind the answer that opens the pair, in the same batch.
+                pairs = shared.pairs.load();
                 continue;
             }
             if !run.as_ref().is_some_and(|run| run.source == source && run.pair.vni() == header.vni) {

@@ -26,24 +26,31 @@ impl Client {
         buffer[..len].to_vec()
     }
 
-    /// Binds as clients do.
-    fn bind(&self, endpoint: &RelayEndpoint, other: &Self) {
+    fn send(&self, endpoint: &RelayEndpoint, message: &Message) {
         let shared = self.disco.box_with(&endpoint.server);
-        let send = |message: &Message| {
-            let mut plaintext = Vec::new();
-            message.encode(&mut plaintext);
-            let sealed = seal::seal(&self.disco.public(), &shared, &mut SystemRng, &plaintext);
-            let datagram = geneve::encapsulate(endpoint.vni, Content::Control, &sealed);
-            self.socket.send_to(&datagram, endpoint.endpoints[0]).unwrap();
-        };
+        let mut plaintext = Vec::new();
+        message.encode(&mut plaintext);
+        let sealed = seal::seal(&self.disco.public(), &shared, &mut SystemRng, &plaintext);
+        let datagram = geneve::encapsulate(endpoint.vni, Content::Control, &sealed);
+        self.socket.send_to(&datagram, endpoint.endpoints[0]).unwrap();
+    }
+
+    /// Begins to bind as clients do, and returns the answer to the challenge.
+    fn ask(&self, endpoint: &RelayEndpoint, other: &Self) -> Message {
         let remote = other.disco.public();
-        send(&Message::Bind(Binding { vni: endpoint.vni, generation: 1, remote, challenge: [0; 32] }));
+        let bind = Binding { vni: endpoint.vni, generation: 1, remote, challenge: [0; 32] };
+        self.send(endpoint, &Message::Bind(bind));
         let reply = self.receive();
         let (header, sealed) = geneve::split(&reply).unwrap();
         assert!(header.control && header.vni == endpoint.vni);
-        let plaintext = seal::open(&shared, sealed).unwrap();
+        let plaintext = seal::open(&self.disco.box_with(&endpoint.server), sealed).unwrap();
         let Message::BindChallenge(challenge) = Message::decode(&plaintext).unwrap() else { panic!("no challenge") };
-        send(&Message::BindAnswer(challenge));
+        Message::BindAnswer(challenge)
+    }
+
+    fn bind(&self, endpoint: &RelayEndpoint, other: &Self) {
+        let answer = self.ask(endpoint, other);
+        self.send(endpoint, &answer);
     }
 }
 
@@ -91,6 +98,25 @@ fn two_clients_on_real_sockets_bind_and_exchange_whole_bursts() {
     a.socket.send_to(&early, server).unwrap();
     assert_eq!(b.receive(), early);
     assert_eq!(relay.dropped().unknown, 2);
+}
+
+#[test]
+fn what_follows_the_answer_that_opens_a_pair_is_forwarded_in_the_same_batch() {
+    let relay = relay();
+    let (a, b) = (Client::new(1), Client::new(2));
+    let endpoint = relay.allocate([a.disco.public(), b.disco.public()]).unwrap();
+    let server = endpoint.endpoints[0];
+    a.bind(&endpoint, &b);
+    let answer = b.ask(&endpoint, &a);
+    // The thread waits here with this one, and finds the next two together.
+    let held = relay.shared.server();
+    a.socket.send_to(&geneve::encapsulate(endpoint.vni, Content::Control, b"?"), server).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    b.send(&endpoint, &answer);
+    let ping = geneve::encapsulate(endpoint.vni, Content::Disco, b"ping");
+    b.socket.send_to(&ping, server).unwrap();
+    drop(held);
+    assert_eq!(a.receive(), ping);
 }
 
 #[test]
