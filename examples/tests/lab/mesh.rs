@@ -76,6 +76,11 @@ impl Coordinator {
         format!("up --login-server {} --auth-key {} --hostname {name} --timeout 30s", self.url, self.auth_key())
     }
 
+    /// CPU seconds that the process has taken so far.
+    pub(crate) fn cpu(&self) -> f64 {
+        self.process.as_ref().map_or(0.0, Process::cpu)
+    }
+
     /// Packets that the relay has handed on since it started.
     pub(crate) fn relayed_packets(&self) -> u64 {
         self.admin("relay")["packets_out"].as_u64().expect("the relay's counter")
@@ -116,6 +121,11 @@ impl Node {
         self.daemon.terminate();
         // The next one's first line must not be taken from this one's log.
         std::fs::remove_file(self.host.dir().join("daemon.log")).unwrap();
+    }
+
+    /// CPU seconds that the daemon has taken so far.
+    pub(crate) fn cpu(&self) -> f64 {
+        self.daemon.cpu()
     }
 
     /// Runs a command of `mesh` against this daemon.

@@ -157,6 +157,15 @@ impl Process {
         self.child.id()
     }
 
+    /// CPU seconds that the process has taken so far, to a hundredth.
+    pub(crate) fn cpu(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap();
+        // The name, in brackets, may hold anything; user and system time are the 12th and 13th field after it.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in brackets");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<f64>().unwrap());
+        ticks.sum::<f64>() / 100.0
+    }
+
     /// Waits until a printed line begins with `start`.
     pub(crate) fn wait_line(&mut self, start: &str, timeout: Duration) {
         let deadline = Instant::now() + timeout;
