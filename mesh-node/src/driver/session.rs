@@ -1,51 +1,46 @@
 //! One stay in the mesh, from `up` to `down`: the engine with its relays and its coordinator.
 
+mod incoming;
+mod jobs;
+mod outgoing;
+
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use mesh_control::client::{Config, ControlEvent, Problem};
+use mesh_control::client::{Config, ControlEvent};
 use mesh_control::driver::client::{Control, Options};
 use mesh_control::netmap::Netmap;
 use mesh_control::wire::Hostinfo;
-use mesh_derp::driver::client::{RelayEvent, latency_check};
-use mesh_derp::map::{DerpRegion, FamilyAddress, RegionId};
+use mesh_derp::driver::client::RelayEvent;
+use mesh_derp::map::RegionId;
 use mesh_derp::tls::ClientTls;
 use mesh_nat::agent::PingId;
 use mesh_nat::disco::message::AllocateResponse;
-use mesh_nat::driver::{SpareSockets, look_for_portal};
-use mesh_nat::{Family, Path, SocketId};
-use mesh_noise::key::{DiscoPrivate, DiscoPublic, MachinePublic, NodePrivate, NodePublic};
+use mesh_nat::driver::SpareSockets;
+use mesh_noise::key::{DiscoPrivate, MachinePublic, NodePrivate, NodePublic};
 use mesh_noise::random::SystemRng;
-use mesh_tun::linux::BYPASS_MARK;
 use tokio::sync::mpsc;
 
 use super::control::{self, ControlTask};
 use super::extra::{Arrived, ExtraSockets};
 use super::relays::RelaySet;
-use super::{Clock, Driver, HostNetwork, Plane, RelaySender, Reply, answer};
-use crate::dataplane::Notice;
+use super::{Clock, Driver, RelaySender, Reply};
 use crate::directory::Directory;
 use crate::dns::MagicDns;
-use crate::engine::{self, Announcement, Command, Endpoint, Engine, Event, Hop, Local, MapView};
+use crate::engine::{self, Announcement, Engine, MapView};
 use crate::error::Error;
 use crate::local_api::Via;
 use crate::netcheck::NetcheckReport;
 use crate::peer_relay::PeerRelay;
-use crate::prefs::PathMode;
 use crate::status::NodeState;
+pub(crate) use jobs::Job;
 
 /// Relay events that may wait; the relay's task waits when there are more.
 const RELAY_QUEUE: usize = 256;
 /// Answers of small jobs that may wait.
 const JOB_QUEUE: usize = 16;
-/// How long one HTTPS measurement, or one look-up of a name, may take.
-const JOB_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Stands for any of the sockets that were opened for a measurement.
-const SPARE: SocketId = SocketId(u16::MAX);
 
 /// What a session waits for.
 #[derive(Debug)]
@@ -57,15 +52,6 @@ pub(crate) enum Input {
     Spare(SocketAddr, Vec<u8>),
     /// Arrived on a socket that ports are guessed with.
     Extra(Arrived),
-}
-
-/// What small jobs beside the session have found out.
-#[derive(Debug)]
-pub(crate) enum Job {
-    Https(RegionId, Option<(Duration, Family)>),
-    Resolved(String, Vec<IpAddr>),
-    Portal(Option<bool>),
-    Sockets(Vec<(SocketId, SocketAddr)>),
 }
 
 /// The engine and the tasks that serve it.
@@ -223,418 +209,4 @@ impl Session {
             Some(arrived) = self.extra.receive() => Input::Extra(arrived),
         }
     }
-
-    // --- inputs ------------------------------------------------------------------------------------------------------
-
-    pub(super) fn handle_event(&mut self, now: Instant, input: Input) {
-        match input {
-            Input::Control(Some((event, control_key))) => self.handle_control(now, event, control_key),
-            Input::Control(None) => {
-                self.stop("the connection to the coordinator has failed; restart the node".to_owned());
-            }
-            Input::Relay(region, event) => self.handle_relay(now, region, event),
-            Input::Extra(Arrived { socket, source, datagram }) => {
-                let path = Path::Direct { socket, remote: source };
-                self.engine.handle_datagram(now, &Hop { path, node: None }, &datagram);
-            }
-            Input::Job(Job::Https(region, measured)) => self.engine.https_latency(now, region, measured),
-            Input::Job(Job::Resolved(host, addresses)) => self.engine.resolved(now, &host, addresses),
-            Input::Job(Job::Portal(found)) => self.engine.portal(now, found),
-            Input::Job(Job::Sockets(opened)) => self.engine.spare_sockets(now, &opened),
-            Input::Spare(remote, datagram) => {
-                // Whichever of them it was: what is answered names itself.
-                let path = Path::Direct { socket: SPARE, remote };
-                self.engine.handle_datagram(now, &Hop { path, node: None }, &datagram);
-            }
-        }
-    }
-
-    fn stop(&mut self, error: String) {
-        self.state = NodeState::Stopped { error: Some(error) };
-    }
-
-    fn handle_control(&mut self, now: Instant, event: ControlEvent, control_key: Option<MachinePublic>) {
-        match event {
-            ControlEvent::AuthUrl(url) => self.state = NodeState::NeedsLogin { url },
-            ControlEvent::Registered(registered) => {
-                if registered.node_key.public() != self.engine.node_key() {
-                    self.engine.set_private_key(now, &registered.node_key);
-                    self.relays.set_key(registered.node_key.clone());
-                }
-                if !self.state.is_running() {
-                    self.state = NodeState::STARTING;
-                    if !registered.machine_authorized {
-                        self.wait("an administrator has to approve this machine".to_owned(), false);
-                    }
-                }
-                self.accepted_keys = Some((registered.node_key, control_key));
-            }
-            ControlEvent::Netmap { netmap, .. } => self.handle_netmap(now, netmap),
-            ControlEvent::Expired => {
-                self.control_problem = Some("the node's key has expired: sign in again with `mesh login`".to_owned());
-            }
-            ControlEvent::Unreachable { reason, retry_in } => {
-                tracing::info!(%reason, ?retry_in, "coordinator");
-                self.control_connected = false;
-                self.engine.set_control_connected(now, false);
-                self.wait(reason.to_string(), reason.needs_attention());
-            }
-            ControlEvent::Error(problem) => self.refused(problem),
-            ControlEvent::ClockSkew { by, ahead } => {
-                let direction = if ahead { "ahead of" } else { "behind" };
-                let warning = format!(
-                    "this machine's clock is {} {direction} the coordinator's: set it, then restart this node",
-                    span(by)
-                );
-                tracing::warn!("{warning}");
-                self.clock_problem = Some(warning);
-            }
-            ControlEvent::OpenBrowser(url) => tracing::info!(url, "the coordinator asks you to open this page"),
-            ControlEvent::LoggedOut(_) => self.state = NodeState::Stopped { error: None },
-            ControlEvent::Ping(_) => {}
-            _ => {}
-        }
-    }
-
-    /// The coordinator cannot be used now; a node that runs goes on without it.
-    fn wait(&mut self, problem: String, needs_attention: bool) {
-        if !self.state.is_running() {
-            self.state = NodeState::Starting { error: Some(problem.clone()), needs_attention };
-        }
-        self.control_problem = Some(problem);
-    }
-
-    fn refused(&mut self, problem: Problem) {
-        self.stop(problem.to_string());
-    }
-
-    fn handle_netmap(&mut self, now: Instant, netmap: Arc<Netmap>) {
-        self.control_connected = true;
-        self.control_problem = None;
-        let map = Arc::new(MapView::of(&netmap));
-        self.map = Arc::clone(&map);
-        self.engine.set_control_connected(now, true);
-        self.engine.set_map(now, map);
-        self.directory = Some(Directory::of(&netmap));
-        self.names = Some(names(&netmap));
-        match netmap.node() {
-            Some(node) if node.machine_authorized => self.state = NodeState::Running,
-            Some(_) => {
-                let error = Some("an administrator has to approve this machine".to_owned());
-                self.state = NodeState::Starting { error, needs_attention: false };
-            }
-            None => {}
-        }
-        self.netmap = Some(netmap);
-    }
-
-    fn handle_relay(&mut self, now: Instant, region: RegionId, event: RelayEvent) {
-        match event {
-            RelayEvent::Connected { .. } => {
-                self.relay_problems.remove(&region);
-                self.engine.set_relay_connected(now, region, true);
-            }
-            RelayEvent::Disconnected { reason } => {
-                tracing::info!(%region, reason, "relay connection lost");
-                self.relay_problems.insert(region, reason);
-                self.engine.set_relay_connected(now, region, false);
-            }
-            RelayEvent::Packet { source, payload } => {
-                let hop = Hop { path: Path::Relay { region }, node: Some(source) };
-                self.engine.handle_datagram(now, &hop, &payload);
-            }
-            RelayEvent::PeerGone { peer, .. } => {
-                tracing::debug!(%region, peer = peer.short(), "not at this relay");
-                self.engine.peer_not_at_relay(now, &peer);
-            }
-            RelayEvent::Health(problem) => {
-                if problem.is_empty() {
-                    self.relay_problems.remove(&region);
-                } else {
-                    self.relay_problems.insert(region, problem);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    pub(super) fn handle_notice(&mut self, now: Instant, notice: Notice) {
-        match notice {
-            Notice::Datagram { path, source, datagram } => {
-                self.engine.handle_datagram(now, &Hop { path, node: source }, &datagram);
-            }
-            Notice::WantSession { peer } => self.engine.want_session(now, &peer),
-            Notice::SessionUsed { receiver_index } => self.engine.session_used(now, receiver_index),
-            Notice::PeerActive { peer } => self.engine.peer_active(now, &peer),
-            Notice::Failed { what } => self.stop(format!("{what}; restart the node")),
-            Notice::PathSeen { peer, path } => self.engine.path_seen(now, &peer, path),
-            // Nothing is asked by TSMP yet.
-            Notice::Tsmp { .. } => {}
-        }
-    }
-
-    pub(super) fn handle_timeout(&mut self, now: Instant) {
-        self.engine.handle_timeout(now);
-    }
-
-    pub(super) fn set_local(&mut self, now: Instant, local: Local, host: &HostNetwork) {
-        let here = |address| local.addresses.contains(address);
-        let moved = !self.engine.local().addresses.iter().all(here);
-        self.engine.set_local(now, local, &host.sockets.ids());
-        if moved {
-            tracing::info!("this host's addresses have changed; connecting anew");
-            self.relays.reconnect();
-        }
-        if moved && self.state.is_running() {
-            self.control.reconnect();
-        } else {
-            self.control.retry_now();
-        }
-    }
-
-    /// The machine has slept: whoever was connected has given up on us, and NATs have forgotten.
-    pub(super) fn resumed(&mut self, now: Instant) {
-        self.engine.resumed(now);
-        self.relays.reconnect();
-        if self.state.is_running() {
-            self.control.reconnect();
-        } else {
-            self.control.retry_now();
-        }
-    }
-
-    pub(super) fn set_mode(&mut self, now: Instant, mode: PathMode) {
-        self.engine.set_mode(now, mode);
-    }
-
-    pub(super) fn ping(&mut self, now: Instant, peer: NodePublic, size: Option<usize>, reply: Reply<(Via, Duration)>) {
-        match self.engine.ping(now, &peer, size) {
-            Some(id) => {
-                self.pings.insert(id, reply);
-            }
-            None => answer(reply, Err(Error::UnknownPeer(peer.short()))),
-        }
-    }
-
-    pub(super) fn netcheck(&mut self, now: Instant, reply: Reply<NetcheckReport>) {
-        self.netchecks.push(reply);
-        self.engine.measure(now);
-    }
-
-    pub(super) async fn logout(&mut self) -> Result<(), Error> {
-        self.control.logout().await.map_err(|problem| {
-            let why = problem.map_or_else(|| "it does not answer".to_owned(), |problem| problem.to_string());
-            Error::Refused(format!("signed out here, but the coordinator could not be told: {why}"))
-        })
-    }
-
-    // --- outputs -----------------------------------------------------------------------------------------------------
-
-    /// Carries out everything that the engine has decided.
-    pub(super) fn drain(&mut self, plane: &mut Plane, host: &mut HostNetwork) {
-        loop {
-            while let Some(command) = self.engine.poll_command() {
-                self.carry_out(command, plane, host);
-            }
-            let Some((to, response)) = self.allocated.pop() else { break };
-            self.engine.allocated(self.clock.now(), to, response);
-        }
-        while let Some(transmit) = self.engine.poll_transmit() {
-            match (transmit.path, transmit.node) {
-                (Path::Relay { region }, Some(node)) => {
-                    if !self.relay_sender.send_one(region, node, Bytes::from(transmit.datagram)) {
-                        tracing::debug!(%region, "no room, or no connection, for a datagram to this relay");
-                    }
-                }
-                (Path::Relay { .. }, None) => {}
-                (Path::Direct { socket, remote }, _) if self.extra.contains(socket) => {
-                    self.extra.send(socket, remote, &transmit.datagram);
-                }
-                (Path::Direct { socket, remote }, _) if self.spare.contains(socket) => {
-                    self.spare.send(socket, remote, &transmit.datagram);
-                }
-                (Path::Direct { socket, remote }, _) => plane.send_to(socket, remote, &transmit.datagram),
-                // The engine makes datagrams to the server of these.
-                (Path::PeerRelay { .. }, _) => {}
-            }
-        }
-        while let Some(event) = self.engine.poll_event() {
-            self.tell(event);
-        }
-        self.pings.retain(|_, reply| !reply.is_closed());
-    }
-
-    fn carry_out(&mut self, command: Command, plane: &mut Plane, host: &mut HostNetwork) {
-        match command {
-            Command::Relays(plan) => self.relays.set_plan(plan),
-            Command::Regions(map) => self.relays.set_map(map),
-            Command::Announce(announcement) => {
-                if let Some(relay) = &self.peer_relay {
-                    let (known, told) = (&announcement.endpoints, &self.peer_relay_addresses);
-                    relay.set_addresses(peer_relay_addresses(relay.bound(), known, told));
-                }
-                let disco = self.engine.disco_key();
-                self.control.describe(control::description(&self.hostinfo, disco, &announcement));
-            }
-            Command::MeasureHttps(region) => self.measure_https(region),
-            Command::Resolve(host) => self.resolve(host),
-            Command::Allocate { from, clients, generation } => self.allocate(from, clients, generation),
-            Command::LookForPortal(checks) => {
-                self.job(async move { Job::Portal(look_for_portal(checks).await) });
-            }
-            Command::OpenSockets(count) => {
-                let opened = self.spare.open(count, Some(BYPASS_MARK));
-                self.job(std::future::ready(Job::Sockets(opened)));
-            }
-            Command::CloseSockets => self.spare = SpareSockets::new(),
-            Command::OpenExtra(count) => {
-                let opened = self.extra.open(count);
-                self.engine.extra_opened(self.clock.now(), opened);
-            }
-            Command::CarryExtra(id) => {
-                if let Some(socket) = self.extra.take(id) {
-                    plane.carry(id, socket);
-                }
-            }
-            Command::CloseExtra(id) => {
-                if !self.extra.close(id) {
-                    plane.carry_no_more(id);
-                }
-            }
-            Command::Configure(map) => {
-                host.configure(&map);
-                plane.apply(Command::Configure(map));
-            }
-            Command::SetPeers(_)
-            | Command::RemovePeer(_)
-            | Command::SetPath(..)
-            | Command::SetBackup(..)
-            | Command::SetLimit(..)
-            | Command::OpenSession(_)
-            | Command::UseSession(_)
-            | Command::CloseSession(..)
-            | Command::GiveUp(_) => plane.apply(command),
-        }
-    }
-
-    /// Somebody who may asks for an allocation on our peer relay. Without an answer it is asked again.
-    fn allocate(&mut self, from: NodePublic, clients: [DiscoPublic; 2], generation: u32) {
-        let Some(relay) = &self.peer_relay else { return };
-        match relay.allocate(clients) {
-            Ok(endpoint) => {
-                self.allocated.push((from, AllocateResponse { generation, endpoint }));
-            }
-            Err(reason) => tracing::debug!(%reason, peer = from.short(), "no allocation on our peer relay"),
-        }
-    }
-
-    fn measure_https(&self, id: RegionId) {
-        let Some(region) = self.map.derp.regions.get(&id).cloned() else { return };
-        let tls = self.tls.clone();
-        self.job(async move {
-            let measured = tokio::time::timeout(JOB_TIMEOUT, latency_check(&region, &tls)).await;
-            let latency = measured.ok().and_then(Result::ok);
-            Job::Https(id, latency.map(|latency| (latency, likely_family(&region))))
-        });
-    }
-
-    fn resolve(&self, host: String) {
-        self.job(async move {
-            let looked_up = tokio::time::timeout(JOB_TIMEOUT, tokio::net::lookup_host((host.clone(), 0))).await;
-            let addresses = match looked_up {
-                Ok(Ok(found)) => found.map(|address| address.ip()).collect(),
-                Ok(Err(_)) | Err(_) => Vec::new(),
-            };
-            Job::Resolved(host, addresses)
-        });
-    }
-
-    fn job(&self, job: impl Future<Output = Job> + Send + 'static) {
-        let sender = self.job_sender.clone();
-        tokio::spawn(async move {
-            // A session that has ended needs no answer.
-            sender.send(job.await).await.ok()
-        });
-    }
-
-    fn tell(&mut self, event: Event) {
-        match event {
-            Event::PathChanged { peer, path, why } => match path {
-                Some(path) => tracing::info!(peer = peer.short(), via = path_kind(&path), %why, "path"),
-                None => tracing::info!(peer = peer.short(), %why, "no path"),
-            },
-            Event::PingAnswered { id, path, latency } => {
-                if let Some(reply) = self.pings.remove(&id) {
-                    answer(reply, Ok((path.into(), latency)));
-                }
-            }
-            Event::PingFailed { id } => {
-                if let Some(reply) = self.pings.remove(&id) {
-                    answer(reply, Err(Error::Timeout(Duration::from_secs(5))));
-                }
-            }
-            Event::PeerSilent { peer } => tracing::info!(peer = peer.short(), "no answer to handshakes"),
-            Event::Measured(report) => {
-                for reply in self.netchecks.drain(..) {
-                    let port_mapping = self.engine.port_mappings().into();
-                    answer(reply, Ok(NetcheckReport { port_mapping, ..NetcheckReport::from(&*report) }));
-                }
-            }
-        }
-    }
-}
-
-fn path_kind(path: &Path) -> &'static str {
-    match path {
-        Path::Direct { .. } => "direct",
-        Path::PeerRelay { .. } => "peer relay",
-        Path::Relay { .. } => "relay",
-    }
-}
-
-/// Where our peer relay may be reached: what the user says, and its ports at every address that we know of ourselves.
-fn peer_relay_addresses(
-    bound: impl Iterator<Item = SocketAddr>,
-    known: &[Endpoint],
-    told: &[SocketAddr],
-) -> Vec<SocketAddr> {
-    let mut addresses = told.to_vec();
-    for bound in bound {
-        for endpoint in known.iter().filter(|endpoint| endpoint.address.is_ipv4() == bound.is_ipv4()) {
-            let address = SocketAddr::new(endpoint.address.ip(), bound.port());
-            if !addresses.contains(&address) {
-                addresses.push(address);
-            }
-        }
-    }
-    addresses
-}
-
-/// The family that an HTTPS connection to this region most likely uses.
-fn likely_family(region: &DerpRegion) -> Family {
-    let v4 = region.relays().any(|node| !matches!(node.v4(), FamilyAddress::Disabled));
-    if v4 { Family::V4 } else { Family::V6 }
-}
-
-/// A time in its largest unit.
-fn span(time: Duration) -> String {
-    let seconds = time.as_secs();
-    match seconds {
-        0..120 => format!("{seconds} seconds"),
-        120..7_200 => format!("{} minutes", seconds / 60),
-        7_200..172_800 => format!("{} hours", seconds / 3_600),
-        _ => format!("{} days", seconds / 86_400),
-    }
-}
-
-/// The names that MagicDNS answers.
-fn names(netmap: &Netmap) -> MagicDns {
-    let mut names = MagicDns::new(netmap.dns_suffix().unwrap_or_default());
-    for node in netmap.node().into_iter().chain(netmap.peers().values().map(|node| &**node)) {
-        let addresses: Vec<IpAddr> = node.addresses.iter().map(ipnet::IpNet::addr).collect();
-        if !names.insert(node.name.trim_end_matches('.'), &addresses) {
-            tracing::debug!(name = node.name, "not a name that DNS can answer");
-        }
-    }
-    names
 }
