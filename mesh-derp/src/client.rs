@@ -134,7 +134,8 @@ pub struct Connection {
     login_by: Option<Instant>,
     heard: Instant,
     sent: Option<Instant>,
-    pinged: Option<Instant>,
+    /// When a Ping must have been answered, if one is under way.
+    answer_by: Option<Instant>,
 }
 
 impl Connection {
@@ -167,7 +168,7 @@ impl Connection {
             login_by: Some(now + timing.login),
             heard: now,
             sent: None,
-            pinged: None,
+            answer_by: None,
         };
         if let Some(relay) = known {
             connection.log_in(relay);
@@ -230,7 +231,7 @@ impl Connection {
     pub fn handle_buffered(&mut self, now: Instant) -> Result<(), ClientError> {
         self.heard = now;
         self.sent = None;
-        self.pinged = None;
+        self.answer_by = None;
         while let Some(frame) = self.decoder.next_frame()? {
             self.handle_frame(frame)?;
         }
@@ -251,8 +252,8 @@ impl Connection {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let silence = self.heard + self.timing.silence;
-        let ping = match (self.pinged, self.sent) {
-            (Some(pinged), _) => Some(pinged + self.timing.pong_within),
+        let ping = match (self.answer_by, self.sent) {
+            (Some(answer_by), _) => Some(answer_by),
             (None, Some(_)) if matches!(self.state, State::Open) => Some(self.ping_due()),
             (None, _) => None,
         };
@@ -267,16 +268,25 @@ impl Connection {
         if self.login_by.is_some_and(|by| now >= by) {
             return Err(ClientError::LoginTimeout(self.timing.login));
         }
-        let unanswered = self.pinged.is_some_and(|pinged| now >= pinged + self.timing.pong_within);
+        let unanswered = self.answer_by.is_some_and(|answer_by| now >= answer_by);
         if unanswered || now >= self.heard + self.timing.silence {
             return Err(ClientError::Silent(now.duration_since(self.heard)));
         }
-        let waiting = self.sent.is_some() && self.pinged.is_none() && matches!(self.state, State::Open);
+        let waiting = self.sent.is_some() && self.answer_by.is_none() && matches!(self.state, State::Open);
         if waiting && now >= self.ping_due() {
-            Frame::Ping(self.ping).encode(&mut self.out);
-            self.pinged = Some(now);
+            self.check(now, self.timing.pong_within);
         }
         Ok(())
+    }
+
+    /// Asks whether the relay is still there: unless any byte comes within `patience`, the connection is over. Does nothing
+    /// before the login has been answered, for that has a limit of its own.
+    pub fn check(&mut self, now: Instant, patience: Duration) {
+        if matches!(self.state, State::Open) {
+            Frame::Ping(self.ping).encode(&mut self.out);
+            let answer_by = now + patience;
+            self.answer_by = Some(self.answer_by.map_or(answer_by, |earlier| earlier.min(answer_by)));
+        }
     }
 
     /// Counted from the later of the last byte and the first packet since: an idle connection is not asked at once.
@@ -483,6 +493,21 @@ mod tests {
         let ping_at = client.poll_timeout().unwrap();
         client.handle_timeout(ping_at).unwrap();
         assert!(matches!(client.handle_timeout(ping_at + Duration::from_secs(5)), Err(ClientError::Silent(_))));
+    }
+
+    #[test]
+    fn a_connection_in_doubt_ends_unless_the_relay_says_something_in_time() {
+        let now = start();
+        let (mut client, mut relay) = open_pair(now);
+        let patience = Duration::from_secs(1);
+        client.check(now, patience);
+        assert!(matches!(relay.frames(&mut client)[..], [Frame::Ping(_)]));
+        client.handle_timeout(now + patience / 2).unwrap();
+        client.handle_bytes(now + patience / 2, &Frame::KeepAlive.to_bytes()).unwrap();
+        client.handle_timeout(now + patience).unwrap();
+        client.check(now + patience, patience);
+        assert_eq!(client.poll_timeout(), Some(now + patience * 2));
+        assert!(matches!(client.handle_timeout(now + patience * 2), Err(ClientError::Silent(_))));
     }
 
     #[test]

@@ -203,6 +203,8 @@ const CLOSED: &str = "relay closed the connection";
 const BATCH: usize = 64 * 1024;
 /// A connection that lasted this long was a success: the next attempt follows at once.
 const SETTLED: Duration = Duration::from_secs(5);
+/// How soon a relay has to answer after the network has changed.
+const CHECK_PATIENCE: Duration = Duration::from_secs(1);
 /// How much is read at once.
 const READ_CHUNK: usize = 32 * 1024;
 
@@ -252,6 +254,15 @@ impl RelayClient {
         self.failures = 0;
         self.connected_at = None;
         self.state = self.dialling();
+    }
+
+    /// The network has changed, but the present connection may have outlived that: asks the relay, and connects anew unless
+    /// it answers within a second. Packets go on meanwhile. Without a connection, an attempt begins anew at once.
+    pub fn check(&mut self) {
+        match &mut self.state {
+            State::Connected(open) => open.core.check(now(), CHECK_PATIENCE),
+            State::Waiting(_) | State::Dialling(_) => self.reconnect(),
+        }
     }
 
     /// What has already happened and has not been asked for yet; for taking packets in batches after
