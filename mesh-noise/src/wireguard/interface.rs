@@ -322,6 +322,16 @@ impl<P: Clone + Eq + Debug> Interface<P> {
         }
     }
 
+    /// The peer has restarted, so it knows none of our sessions any more: starts a handshake at once, though never within
+    /// 50 ms of the last initiation. Without this, silence would lead to one after 15 seconds (whitepaper §6.5). A session
+    /// to send on stays until the new one takes its place, for the news may have been wrong.
+    pub fn renew_session(&mut self, now: Instant, peer: &NodePublic) {
+        if let Some(known) = self.peers.get_mut(peer) {
+            known.renew_session(now);
+            self.settle(now, peer);
+        }
+    }
+
     /// An [`Activity`] note returned true: looks at the peer's timers again.
     pub fn peer_active(&mut self, now: Instant, peer: &NodePublic) {
         self.settle(now, peer);

@@ -149,10 +149,26 @@ impl Peer {
 
     /// The last initiation may have gone nowhere: the next one need not wait for `REKEY-TIMEOUT`.
     pub(super) fn retry_handshake(&mut self, now: Instant, after: Duration) {
-        let spaced = self.last_initiation.map_or(now, |last| last + MIN_INITIATION_INTERVAL);
+        let earliest = self.earliest_initiation(now + after);
         if let Some(attempt) = &mut self.attempt {
-            attempt.next_try = attempt.next_try.min(spaced.max(now + after));
+            attempt.next_try = attempt.next_try.min(earliest);
         }
+    }
+
+    /// The session to send on leads nowhere any more: tries a handshake at once, whatever there is.
+    pub(super) fn renew_session(&mut self, now: Instant) {
+        let next_try = self.earliest_initiation(now);
+        match &mut self.attempt {
+            Some(attempt) => {
+                attempt.wanted = now;
+                attempt.next_try = attempt.next_try.min(next_try);
+            }
+            None => self.attempt = Some(Box::new(Attempt { wanted: now, next_try, in_flight: None })),
+        }
+    }
+
+    fn earliest_initiation(&self, wanted: Instant) -> Instant {
+        self.last_initiation.map_or(wanted, |last| wanted.max(last + MIN_INITIATION_INTERVAL))
     }
 
     /// The initiator has used `receiver_index`: it has the keys, so we may send on that session.

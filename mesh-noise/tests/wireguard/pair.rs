@@ -173,6 +173,13 @@ impl Pair {
         self.drain(node);
     }
 
+    /// Tells a node that its peer has restarted.
+    pub(crate) fn renew(&mut self, node: usize) {
+        let (now, peer) = (self.now, self.nodes[node].peer);
+        self.nodes[node].core.renew_session(now, &peer);
+        self.drain(node);
+    }
+
     /// Hands datagram bytes to a node as if they had just arrived from `source`.
     pub(crate) fn deliver(&mut self, to: usize, source: Address, mut datagram: Vec<u8>) -> Result<(), Reject> {
         let (now, node) = (self.now, &mut self.nodes[to]);

@@ -376,3 +376,25 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_session_of_which_the_peer_knows_nothing_is_replaced_at_once_by_one_handshake() {
+    let mut pair = Pair::connected();
+    let (began, old) = (pair.elapsed(), pair.nodes[A].sending().unwrap().receiver_index());
+    for _ in 0..5 {
+        pair.renew(A);
+    }
+    assert_eq!(pair.nodes[A].sending().unwrap().receiver_index(), old, "it may still be good");
+    pair.run(LATENCY * 2);
+    assert_ne!(pair.nodes[A].sending().unwrap().receiver_index(), old);
+    pair.run(secs(10));
+    assert_eq!(pair.initiations(A), [began]);
+    pair.fate = Box::new(|_| Fate::Drop);
+    let began = pair.elapsed();
+    for _ in 0..19 {
+        pair.renew(A);
+        pair.run(millis(10));
+    }
+    let spaced: Vec<_> = (0..4).map(|number| began + millis(50 * number)).collect();
+    assert_eq!(pair.initiations(A)[1..], spaced);
+}
