@@ -212,7 +212,8 @@ impl Agent {
         self.relay.set_node(node);
     }
 
-    /// Adds a peer or changes what is known about it. A changed disco key keeps paths and candidates.
+    /// Adds a peer or changes what is known about it. A changed disco key means that it has restarted: what was proven
+    /// about its paths no longer counts, and all of them are tried anew if there has been traffic.
     pub fn set_peer(&mut self, now: Instant, config: PeerConfig) {
         self.tick(now);
         let node = config.node;
@@ -229,6 +230,7 @@ impl Agent {
             }
         }
         let peer = self.peers.entry(node).or_insert_with(|| Box::new(Peer::new(now, config.disco)));
+        let restarted = peer.disco != config.disco && !peer.disco.is_zero() && !config.disco.is_zero();
         if peer.disco != config.disco {
             peer.disco = config.disco;
             peer.shared = None;
@@ -241,6 +243,10 @@ impl Agent {
         peer.ours = config.ours;
         let fresh = peer.set_listed(now, &self.sockets, config.endpoints, &mut self.counters);
         let engaged = peer.engaged(now, &self.timing);
+        if restarted {
+            self.restarted(node);
+            return;
+        }
         self.reselect(node);
         if engaged && self.mode != Mode::Relay {
             for target in fresh {

@@ -16,7 +16,7 @@
 //! | when the home region may move | `report::home`: all |
 //! | endpoints' kinds and order, and the network report to control | `mesh-node`: `engine::endpoints`, `driver::control` |
 //! | a peer that sends no heartbeats keeps its path | [`a_peer_without_heartbeats_keeps_its_path`] |
-//! | a rotated disco key | `traversal`: `a_peer_that_restarts_with_a_new_disco_key_is_found_again`. Keys told inside the tunnel are not read yet |
+//! | a rotated disco key | `traversal`: `a_peer_that_restarts_with_a_new_disco_key_is_found_again`. Keys told inside the tunnel: `mesh-node`, `engine/tests/restart.rs` |
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -168,6 +168,12 @@ pub enum Notice {
         /// The path it came by.
         path: Path,
     },
+    /// Transport data of this peer's, by its relay's word, came by relay for a session that we do not have: one of us has
+    /// restarted. Told at most every 200 ms, whoever it is about.
+    SessionUnknown {
+        /// The peer.
+        peer: NodePublic,
+    },
     /// A message between nodes themselves (IP protocol 99), past the source check and the filter.
     Tsmp {
         /// Who sent it.
@@ -243,6 +249,8 @@ struct Shared {
     notices: mpsc::Sender<Notice>,
     drops: DropCounters,
     workers: workers::Pool,
+    /// When [`Notice::SessionUnknown`] was last told, in milliseconds of the clock.
+    unknown_told: AtomicU64,
     stopped: AtomicBool,
 }
 
@@ -274,6 +282,7 @@ impl Dataplane {
             notices,
             drops: DropCounters::default(),
             workers: workers::Pool::new(workers),
+            unknown_told: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
         });
         let plane = Self { shared, threads: Mutex::default() };

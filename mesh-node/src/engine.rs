@@ -82,6 +82,10 @@ struct Peer {
 }
 
 /// One node's decisions. See the [module documentation](self).
+    /// When it was last asked for new sessions because it may have restarted.
+    renewed: Option<Instant>,
+    /// The disco key that it has told us itself, until control tells of another one than before.
+    told_disco: Option<DiscoPublic>,
 #[derive(Debug)]
 pub struct Engine {
     me: NodePublic,
@@ -269,7 +273,12 @@ impl Engine {
             },
             Class::Disco | Class::RelayedDisco { .. } => {
                 let source = agent::Source { path: from.path, node: from.node };
-                self.agent.handle_datagram(now, source, datagram).map_err(|reject| reject.to_string())
+                self.agent.handle_datagram(now, source, datagram).map_err(|reject| {
+                    if let (agent::Reject::UnknownSender, Some(node)) = (reject, from.node) {
+                        self.may_have_restarted(now, node);
+                    }
+                    reject.to_string()
+                })
             }
             Class::WireGuard => self.interface.handle_datagram(now, from, source, datagram).map_err(|reject| {
                 if let (wireguard::Reject::UnknownPeer, Some(node)) = (reject, from.node) {
@@ -328,6 +337,15 @@ impl Engine {
     pub fn set_relay_connected(&mut self, now: Instant, region: RegionId, connected: bool) {
         self.relays.set_connected(region, connected);
         if connected {
+    /// `peer` sends on a session that we do not have, so we have restarted and it does not know yet. Its data is lost until
+    /// it has a new session: asks it for one.
+    pub fn session_unknown(&mut self, now: Instant, peer: &NodePublic) {
+        if self.peers.get(peer).is_some_and(|known| known.sessions.is_empty()) {
+            self.interface.want_session(now, peer);
+        }
+        self.settle(now);
+    }
+
             let there = |peer: &&Peer| peer.path == Some(Path::Relay { region });
             let waiting: Vec<_> = self.peers.values().filter(there).map(|peer| peer.view.node).collect();
             for peer in waiting {

@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use mesh_noise::key::NodePublic;
 
-use super::{Agent, Mode, Timer, search::Urgency};
+use super::{Agent, Doubt, Mode, Timer, search::Urgency};
 use crate::path::candidate::{Candidate, Target};
+use crate::path::probe::Probe;
 use crate::path::{Family, SocketId};
 
 impl Agent {
@@ -85,21 +86,8 @@ impl Agent {
             self.relay.forget();
         }
         // An answer to an earlier ping says nothing about the network as it is now.
-        let stale: Vec<_> = self
-            .probes
-            .iter()
-            .filter(|(_, probe)| probe.path.is_direct() && probe.user.is_none())
-            .map(|(tx, _)| *tx)
-            .collect();
-        for tx in stale {
-            self.probes.remove(&tx);
-            self.timers.clear(Timer::Probe(tx));
-        }
-        for peer in self.peers.values_mut() {
-            let best = peer.best;
-            let others = peer.candidates.iter_mut().filter(|(target, _)| Some(*target) != best.as_ref());
-            others.for_each(|(_, candidate)| candidate.forget());
-        }
+        self.forget_probes(|_| true);
+        self.peers.values_mut().for_each(|peer| peer.forget_others());
         for node in self.peers.keys().copied().collect::<Vec<_>>() {
             self.timers.clear(Timer::Retry(node));
             self.reselect(node);
@@ -109,6 +97,37 @@ impl Agent {
         self.guesses_forgotten();
         for node in self.affected_peers() {
             self.search(node, Urgency::Event);
+        }
+    }
+
+    /// A peer has another disco key, so it has restarted: what was proven was proven about its former self. The direct path
+    /// in use is kept, in doubt, for most come back where they were; whatever else is known is tried anew.
+    pub(super) fn restarted(&mut self, node: NodePublic) {
+        self.forget_probes(|probe| probe.peer == node);
+        self.relay.remove_peer(&node);
+        self.drain_relay();
+        self.guesses_dropped(&node);
+        self.timers.clear(Timer::Retry(node));
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.forget_others();
+            // What the former self listed counts no more.
+            peer.candidates.values_mut().for_each(|candidate| candidate.called = false);
+            peer.doubt = Doubt::default();
+        }
+        self.reselect(node);
+        self.doubt(node);
+        if self.matters(&node) {
+            self.search(node, Urgency::Event);
+        }
+    }
+
+    /// Forgets pings along direct paths that are under way, but for users' own: their answers would mislead.
+    fn forget_probes(&mut self, which: impl Fn(&Probe) -> bool) {
+        let stale = |probe: &Probe| probe.path.is_direct() && probe.user.is_none() && which(probe);
+        let stale: Vec<_> = self.probes.iter().filter(|(_, probe)| stale(probe)).map(|(tx, _)| *tx).collect();
+        for tx in stale {
+            self.probes.remove(&tx);
+            self.timers.clear(Timer::Probe(tx));
         }
     }
 
@@ -131,11 +150,12 @@ impl Agent {
 
     /// Peers that a change of network matters to, those with the latest traffic first.
     fn affected_peers(&self) -> Vec<NodePublic> {
-        let matters = |node: &NodePublic| {
-            self.peers.get(node).is_some_and(|peer| peer.best.is_some() || peer.engaged(self.now, &self.timing))
-        };
-        let mut affected: Vec<_> = self.peers.keys().filter(|node| matters(node)).copied().collect();
+        let mut affected: Vec<_> = self.peers.keys().filter(|node| self.matters(node)).copied().collect();
         affected.sort_by_key(|node| std::cmp::Reverse(self.peers.get(node).and_then(|peer| peer.sent)));
         affected
     }
 }
+
+    fn matters(&self, node: &NodePublic) -> bool {
+        self.peers.get(node).is_some_and(|peer| peer.best.is_some() || peer.engaged(self.now, &self.timing))
+    }

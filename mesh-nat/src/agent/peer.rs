@@ -139,6 +139,13 @@ impl Peer {
         self.active(now, timing) || within(self.called, now, CALL_ENGAGES)
     }
 
+    /// Forgets what trying has shown of all addresses but the one in use.
+    pub(super) fn forget_others(&mut self) {
+        let best = self.best;
+        let others = self.candidates.iter_mut().filter(|(target, _)| Some(*target) != best.as_ref());
+        others.for_each(|(_, candidate)| candidate.forget());
+    }
+
     /// Replaces what control lists. Returns the targets that are new.
     pub(super) fn set_listed(
         &mut self,

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ use super::{BATCH, DropReason, IDLE, Injected, Notice, Shared, transmit};
 
 /// Longest datagram that a relay hands over: what fits a DERP frame is far above any MTU.
 const RELAYED_SIZE: usize = 2048;
+/// Between two notices about sessions that are not known.
+const UNKNOWN_INTERVAL_MS: u64 = 200;
 
 /// Carries datagrams from `socket`, which is the one with this number on its address, until it is closed.
 pub(super) fn run_socket(shared: &Shared, id: SocketId, socket: &UdpBatch, number: usize) {
@@ -192,7 +195,12 @@ impl<'a> Opener<'a> {
                     Ok(opened) => Ok((session, opened.counter, opened.packet.len())),
                     Err(_) => Err(DropReason::NotAuthentic),
                 },
-                None => Err(DropReason::UnknownSession),
+                None => {
+                    if let Some(peer) = origin.source {
+                        self.tell_unknown_session(peer);
+                    }
+                    Err(DropReason::UnknownSession)
+                }
             },
             Some(MessageKind::Initiation | MessageKind::Response | MessageKind::CookieReply) | None => {
                 self.forward(datagram, origin);
@@ -219,6 +227,16 @@ impl<'a> Opener<'a> {
             self.sessions.push(self.shared.sessions.get(receiver)?);
             Some(self.sessions.len() - 1)
         })
+    }
+
+    /// Somebody sends on a session that is gone, and will until it hears of that: one notice now and then is enough.
+    fn tell_unknown_session(&self, peer: NodePublic) {
+        let now_ms = self.shared.now_ms();
+        let told = self.shared.unknown_told.load(Ordering::Relaxed);
+        if told == 0 || now_ms.saturating_sub(told) >= UNKNOWN_INTERVAL_MS {
+            self.shared.unknown_told.store(now_ms, Ordering::Relaxed);
+            self.shared.notify(Notice::SessionUnknown { peer });
+        }
     }
 
     /// Hands the engine what is not transport data, unless nobody would know what to do with it.

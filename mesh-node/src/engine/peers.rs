@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_nat::{Path, agent};
-use mesh_noise::key::{NodePublic, PresharedKey};
+use mesh_noise::key::{DiscoPublic, NodePublic, PresharedKey};
 use mesh_noise::wireguard;
+use mesh_tun::packet::Packet;
 
 use super::{ACTIVITY_INTERVAL, ACTIVITY_SOON, Command, Engine, MapView, Peer, PeerView};
 use crate::prefs::PathMode;
@@ -16,6 +17,16 @@ const SENDING_MS: u64 = 2000;
 const MAX_STRANGERS: usize = 64;
 /// How long a stranger is remembered: as long as it waits until it asks again.
 const STRANGER_TIME: Duration = Duration::from_secs(5);
+
+/// A peer that may have restarted is asked no more often than this.
+const RENEW_INTERVAL: Duration = Duration::from_secs(5);
+
+impl Peer {
+    /// Its disco key, by its own word or control's.
+    pub(super) fn disco(&self) -> Option<DiscoPublic> {
+        self.told_disco.or(self.view.disco)
+    }
+}
 
 impl Engine {
     /// Brings the peers in line with the map.
@@ -43,24 +54,21 @@ impl Engine {
     fn set_peer(&mut self, now: Instant, view: PeerView) {
         let key = view.node;
         self.moved.insert(key);
-        if let Some(disco) = view.disco {
-            let endpoints = view.endpoints.clone();
-            let config = agent::PeerConfig {
-                node: key,
-                disco,
-                home: view.home,
-                endpoints,
-                ours: view.ours,
-                ..agent::PeerConfig::default()
-            };
-            self.agent.set_peer(now, config);
-        } else {
-            self.agent.remove_peer(&key);
-        }
+        // What the peer itself has told is newer than a map that still says what it said before.
+        let known = self.peers.get(&key).filter(|known| known.view.disco == view.disco);
+        let told = known.and_then(|known| known.told_disco);
+        let (former, disco) = (self.peers.get(&key).and_then(Peer::disco), told.or(view.disco));
+        self.introduce(now, &view, disco);
         if let Some(known) = self.peers.get_mut(&key) {
+            let restarted = former.zip(disco).is_some_and(|(former, disco)| former != disco);
             known.view = view;
-            // What has changed may be that it can now be reached, or that it has just learnt of us.
-            self.interface.retry_handshake(now, &key, Duration::ZERO);
+            known.told_disco = told;
+            if restarted && !known.sessions.is_empty() {
+                self.renew_session(now, &key);
+            } else {
+                // What has changed may be that it can now be reached, or that it has just learnt of us.
+                self.interface.retry_handshake(now, &key, Duration::ZERO);
+            }
             return;
         }
         let config = wireguard::PeerConfig { preshared: PresharedKey::default(), persistent_keepalive: None };
@@ -73,12 +81,66 @@ impl Engine {
             sessions: Vec::new(),
             last_sent: 0,
             backup: None,
+            renewed: None,
+            told_disco: None,
         };
         self.peers.insert(key, peer);
         let asked = self.strangers.remove(&key);
         if asked.is_some_and(|asked| now.saturating_duration_since(asked) < STRANGER_TIME) {
             self.interface.want_session(now, &key);
         }
+    }
+
+    /// Tells path discovery what is known of a peer.
+    fn introduce(&mut self, now: Instant, view: &PeerView, disco: Option<DiscoPublic>) {
+        let Some(disco) = disco else { return self.agent.remove_peer(&view.node) };
+        let config = agent::PeerConfig {
+            node: view.node,
+            disco,
+            home: view.home,
+            endpoints: view.endpoints.clone(),
+            ours: view.ours,
+            ..agent::PeerConfig::default()
+        };
+        self.agent.set_peer(now, config);
+    }
+
+    /// A message of `peer`'s to us ourselves has come through the tunnel: an IP packet of protocol 99. Deployed peers tell
+    /// their disco key in one after every handshake: the letter `a` and 32 bytes. So who has restarted is found even while
+    /// control is away. Other messages are for nobody here.
+    pub fn tsmp(&mut self, now: Instant, peer: &NodePublic, packet: &[u8]) {
+        let payload = Packet::parse(packet).map(|packet| packet.payload).unwrap_or_default();
+        let told = match payload.split_first() {
+            Some((b'a', rest)) => rest.first_chunk().map(|key| DiscoPublic::from_bytes(*key)),
+            Some(_) | None => None,
+        };
+        if let (Some(told), Some(known)) = (told.filter(|told| !told.is_zero()), self.peers.get_mut(peer))
+            && known.disco().is_some_and(|disco| disco != told)
+        {
+            known.told_disco = Some(told);
+            let view = known.view.clone();
+            self.introduce(now, &view, Some(told));
+        }
+        self.settle(now);
+    }
+
+    /// `node` speaks through its relay under a disco key that is not known to be its own. That proves nothing, but most
+    /// likely it has restarted and control has not told us yet. A handshake asks the node itself.
+    pub(super) fn may_have_restarted(&mut self, now: Instant, node: NodePublic) {
+        let lately = |at: Instant| now.saturating_duration_since(at) < RENEW_INTERVAL;
+        let Some(known) = self.peers.get(&node) else { return };
+        if !known.sessions.is_empty() && !known.renewed.is_some_and(lately) {
+            self.agent.suspect(now, &node);
+            self.renew_session(now, &node);
+        }
+    }
+
+    /// The peer's keys went with its former self, and silence would tell us so much later.
+    fn renew_session(&mut self, now: Instant, key: &NodePublic) {
+        if let Some(known) = self.peers.get_mut(key) {
+            known.renewed = Some(now);
+        }
+        self.interface.renew_session(now, key);
     }
 
     fn remove_peer(&mut self, now: Instant, key: &NodePublic) {

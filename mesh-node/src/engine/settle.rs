@@ -75,6 +75,10 @@ impl Engine {
                     if let Some(known) = self.peers.get_mut(&peer) {
                         known.backup = backup;
                         self.commands.push_back(Command::SetBackup(peer, backup));
+                        if backup.is_some() {
+                            // An initiation that went the doubtful way alone is not worth waiting for.
+                            self.interface.retry_handshake(now, &peer, Duration::ZERO);
+                        }
                     }
                 }
                 agent::Event::LimitChanged { peer, limit } => {

@@ -1,5 +1,6 @@
 //! What an engine does, shown by two of them in virtual time.
 
+mod restart;
 mod world;
 
 use super::*;
@@ -32,7 +33,7 @@ fn a_node_that_asks_before_it_is_known_gets_its_session_as_soon_as_it_is() {
     let mut world = World::at_home();
     // Control has told the first of the second, but not yet the second of the first.
     let (now, b) = (world.now, world.key(1));
-    let empty = MapView { derp: Arc::new(derp_map()), ..MapView::default() };
+    let empty = MapView { derp: Arc::new(derp_map(1)), ..MapView::default() };
     world.hosts[1].engine.set_map(now, Arc::new(empty));
     world.drain(1);
     world.send(0, b"");
@@ -133,7 +134,7 @@ fn a_removed_peer_takes_its_sessions_along() {
     world.run(Duration::from_secs(1));
     assert!(!world.hosts[0].receive.is_empty());
     let now = world.now;
-    let view = MapView { derp: Arc::new(derp_map()), ..MapView::default() };
+    let view = MapView { derp: Arc::new(derp_map(1)), ..MapView::default() };
     world.hosts[0].engine.set_map(now, Arc::new(view));
     world.drain(0);
     assert!(world.hosts[0].send.is_empty());

@@ -358,6 +358,8 @@ impl Tunnel {
             Notice::SessionUsed { receiver_index } => self.interface.session_used(now, receiver_index),
             Notice::PeerActive { peer } => self.interface.peer_active(now, &peer),
             Notice::PathSeen { peer, path } => self.moved(&peer, path),
+            // There are no relays.
+            Notice::SessionUnknown { .. } => {}
             // Without a mesh, protocol 99 is a packet like any other.
             Notice::Tsmp { packet, .. } => {
                 let mut batch = Batch::new(1, packet.len());

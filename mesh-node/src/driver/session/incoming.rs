@@ -169,8 +169,8 @@ impl Session {
             Notice::PeerActive { peer } => self.engine.peer_active(now, &peer),
             Notice::Failed { what } => self.stop(format!("{what}; restart the node")),
             Notice::PathSeen { peer, path } => self.engine.path_seen(now, &peer, path),
-            // Nothing is asked by TSMP yet.
-            Notice::Tsmp { .. } => {}
+            Notice::SessionUnknown { peer } => self.engine.session_unknown(now, &peer),
+            Notice::Tsmp { peer, packet } => self.engine.tsmp(now, &peer, &packet),
         }
     }
 
@@ -208,7 +208,13 @@ impl Session {
         self.engine.set_mode(now, mode);
     }
 
-    pub(in crate::driver) fn ping(&mut self, now: Instant, peer: NodePublic, size: Option<usize>, reply: Reply<(Via, Duration)>) {
+    pub(in crate::driver) fn ping(
+        &mut self,
+        now: Instant,
+        peer: NodePublic,
+        size: Option<usize>,
+        reply: Reply<(Via, Duration)>,
+    ) {
         match self.engine.ping(now, &peer, size) {
             Some(id) => {
                 self.pings.insert(id, reply);

@@ -28,22 +28,28 @@ pub(super) fn region(number: u16) -> RegionId {
     RegionId::new(number).unwrap()
 }
 
-pub(super) fn derp_map() -> DerpMap {
+/// Region n has one relay, at 192.0.2.n.
+pub(super) fn derp_map(regions: u16) -> DerpMap {
     let mut map = DerpMap::default();
-    let mut entry = DerpRegion::new(region(1), "one", "One");
-    let mut node = DerpNode::new("1a", region(1), "192.0.2.1");
-    node.ipv4 = "192.0.2.1".to_owned();
-    entry.nodes.push(node);
-    map.regions.insert(region(1), entry);
+    for number in 1..=regions {
+        let mut entry = DerpRegion::new(region(number), "r", "R");
+        let mut node = DerpNode::new(format!("{number}a"), region(number), format!("192.0.2.{number}"));
+        node.ipv4 = format!("192.0.2.{number}");
+        entry.nodes.push(node);
+        map.regions.insert(region(number), entry);
+    }
     map
 }
 
 pub(super) struct Host {
     pub(super) engine: Engine,
+    private: NodePrivate,
     pub(super) address: SocketAddr,
     pub(super) overlay: IpNet,
     pub(super) send: BTreeMap<NodePublic, Arc<Session>>,
     pub(super) receive: BTreeMap<u32, Arc<Session>>,
+    /// Sessions that there have been.
+    pub(super) opened: usize,
     pub(super) paths: BTreeMap<NodePublic, Option<Path>>,
     pub(super) backups: BTreeMap<NodePublic, Option<Path>>,
     /// Every path command, in order.
@@ -61,6 +67,7 @@ pub(super) enum Parcel {
 }
 
 pub(super) struct World {
+    start: Instant,
     pub(super) now: Instant,
     pub(super) hosts: Vec<Host>,
     in_flight: BTreeMap<(Instant, u64), (usize, Parcel)>,
@@ -68,30 +75,41 @@ pub(super) struct World {
     stun: Responder,
     pub(super) direct_works: bool,
     pub(super) udp_works: bool,
+    /// How many relay regions there are.
+    pub(super) regions: u16,
+    /// A STUN server that does not answer.
+    pub(super) mute: Option<IpAddr>,
+}
+
+fn engine(now: Instant, wall: SystemTime, private: &NodePrivate, rng: &mut StdRng) -> Engine {
+    let mut seed = [0; 32];
+    rng.fill_bytes(&mut seed);
+    let config = Config {
+        private: private.clone(),
+        disco: DiscoPrivate::generate(rng),
+        seed,
+        epoch: now,
+        wall,
+        mode: PathMode::Auto,
+        port_guessing: true,
+        static_endpoints: Vec::new(),
+        timing: Timing::default(),
+    };
+    Engine::new(now, config)
 }
 
 impl Host {
     fn new(now: Instant, number: u8, rng: &mut StdRng) -> Self {
-        let engine = Engine::new(
-            now,
-            Config {
-                private: NodePrivate::generate(rng),
-                disco: DiscoPrivate::generate(rng),
-                seed: [number; 32],
-                epoch: now,
-                wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
-                mode: PathMode::Auto,
-                port_guessing: true,
-                static_endpoints: Vec::new(),
-                timing: Timing::default(),
-            },
-        );
+        let private = NodePrivate::generate(rng);
+        let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
         let mut host = Self {
-            engine,
+            engine: engine(now, wall, &private, rng),
+            private,
             address: SocketAddr::new(IpAddr::from([198, 51, 100, number]), 41641),
             overlay: IpNet::from(IpAddr::from([100, 64, 0, number])),
             send: BTreeMap::new(),
             receive: BTreeMap::new(),
+            opened: 0,
             paths: BTreeMap::new(),
             backups: BTreeMap::new(),
             history: Vec::new(),
@@ -102,6 +120,19 @@ impl Host {
         };
         host.connect(now);
         host
+    }
+
+    /// The process ends and another one starts, with the same node key and nothing else.
+    fn restart(&mut self, now: Instant, wall: SystemTime) {
+        // Whatever a core draws its numbers from is never the same twice.
+        let mut rng = StdRng::seed_from_u64(self.engine.clock_ms(now));
+        self.engine = engine(now, wall, &self.private, &mut rng);
+        self.send.clear();
+        self.receive.clear();
+        self.paths.clear();
+        self.backups.clear();
+        self.announced = None;
+        self.connect(now);
     }
 
     /// Tells the engine of the host's network.
@@ -119,8 +150,18 @@ impl World {
         let mut rng = StdRng::seed_from_u64(7);
         let hosts = (1..=2).map(|number| Host::new(now, number, &mut rng)).collect();
         let stun = Responder::new(Audience::Members);
-        let mut world =
-            Self { now, hosts, in_flight: BTreeMap::new(), counter: 0, stun, direct_works: true, udp_works: true };
+        let mut world = Self {
+            start: now,
+            now,
+            hosts,
+            in_flight: BTreeMap::new(),
+            counter: 0,
+            stun,
+            direct_works: true,
+            udp_works: true,
+            regions: 1,
+            mute: None,
+        };
         world.publish();
         world
     }
@@ -154,33 +195,39 @@ impl World {
 
     /// Tells each engine what it should know of the other, as control would.
     pub(super) fn publish(&mut self) {
-        let derp = Arc::new(derp_map());
-        let views: Vec<PeerView> = self
-            .hosts
-            .iter()
-            .map(|host| PeerView {
-                node: host.engine.node_key(),
-                disco: Some(host.engine.disco_key()),
-                home: host.engine.home(),
-                endpoints: host.engine.endpoints().iter().map(|endpoint| endpoint.address).collect(),
-                allowed: vec![host.overlay],
-                jailed: false,
-                masquerade: Masquerade::default(),
-                ours: true,
-            })
-            .collect();
-        for index in 0..self.hosts.len() {
-            let other = views[1 - index].clone();
-            let view = MapView {
-                addresses: vec![self.hosts[index].overlay],
-                peers: BTreeMap::from([(other.node, other)]),
-                derp: Arc::clone(&derp),
-                filter: Some(Vec::new()),
-                ..MapView::default()
-            };
-            self.hosts[index].engine.set_map(self.now, Arc::new(view));
-            self.drain(index);
-        }
+        (0..self.hosts.len()).for_each(|index| self.introduce(index));
+    }
+
+    /// Tells the engine of `index` what it should know of the other.
+    pub(super) fn introduce(&mut self, index: usize) {
+        let host = &self.hosts[1 - index];
+        let other = PeerView {
+            node: host.engine.node_key(),
+            disco: Some(host.engine.disco_key()),
+            home: host.engine.home(),
+            endpoints: host.engine.endpoints().iter().map(|endpoint| endpoint.address).collect(),
+            allowed: vec![host.overlay],
+            jailed: false,
+            masquerade: Masquerade::default(),
+            ours: true,
+        };
+        let view = MapView {
+            addresses: vec![self.hosts[index].overlay],
+            peers: BTreeMap::from([(other.node, other)]),
+            derp: Arc::new(derp_map(self.regions)),
+            filter: Some(Vec::new()),
+            ..MapView::default()
+        };
+        self.hosts[index].engine.set_map(self.now, Arc::new(view));
+        self.drain(index);
+    }
+
+    /// The process of `index` ends and another one starts; it listens at `address` from now on.
+    pub(super) fn restart(&mut self, index: usize, address: SocketAddr) {
+        let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000) + (self.now - self.start);
+        self.hosts[index].address = address;
+        self.hosts[index].restart(self.now, wall);
+        self.drain(index);
     }
 
     pub(super) fn key(&self, index: usize) -> NodePublic {
@@ -202,6 +249,7 @@ impl World {
                 let _ = remote;
                 return;
             }
+            Path::Direct { remote, .. } if self.mute == Some(remote.ip()) => return,
             Path::Direct { remote, .. } if remote.port() == 3478 => {
                 let answer = self.stun.handle_datagram(self.hosts[from].address, &datagram).unwrap();
                 let hop = Hop { path: Path::Direct { socket: SocketId(0), remote }, node: None };
@@ -241,6 +289,7 @@ impl World {
                     host.history.push(path);
                 }
                 Command::OpenSession(session) => {
+                    host.opened += 1;
                     host.receive.insert(session.receiver_index(), session);
                 }
                 Command::UseSession(session) => {
@@ -354,7 +403,12 @@ impl World {
     fn open(&mut self, to: usize, from: &Hop, mut datagram: Vec<u8>) {
         let host = &mut self.hosts[to];
         let index = u32::from_le_bytes(datagram[4..8].try_into().unwrap());
-        let Some(session) = host.receive.get(&index).cloned() else { return };
+        let Some(session) = host.receive.get(&index).cloned() else {
+            if let Some(peer) = from.node {
+                host.engine.session_unknown(self.now, &peer);
+            }
+            return;
+        };
         let opened = session.open(&mut datagram).unwrap();
         let packet = opened.packet.to_vec();
         if !session.replay().accept(opened.counter) {
@@ -371,4 +425,3 @@ impl World {
         }
     }
 }
-
