@@ -31,13 +31,14 @@ use arc_swap::ArcSwap;
 use mesh_control::driver::client::check_url;
 use mesh_derp::tls::ClientTls;
 use mesh_noise::key::{MachinePrivate, NodePublic};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::Notices;
 use crate::directory::Directory;
 use crate::dns::Names;
 use crate::error::Error;
+use crate::events::Event;
 use crate::local_api::Via;
 use crate::netcheck::NetcheckReport;
 use crate::node::UpOptions;
@@ -92,6 +93,8 @@ pub(crate) struct Driver {
     pub(crate) shared: Arc<Shared>,
     pub(crate) names: Names,
     pub(crate) plane: Plane,
+    /// Readers learn of the node's end by the end of this.
+    pub(crate) events: broadcast::Sender<Event>,
     pub(crate) host: HostNetwork,
     pub(crate) portmaps: PortMaps,
     pub(crate) relay_sender: RelaySender,

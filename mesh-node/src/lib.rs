@@ -8,6 +8,7 @@ pub mod directory;
 pub mod dns;
 pub mod engine;
 pub mod error;
+pub mod events;
 pub mod forward;
 #[cfg(feature = "server")]
 mod listen;

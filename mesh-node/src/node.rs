@@ -9,13 +9,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::directory::{Directory, Entry};
 use crate::driver::{Request, Shared};
 use crate::error::Error;
+use crate::events::{Event, Events};
 use crate::local_api::Pong;
 use crate::netcheck::NetcheckReport;
 use crate::netstack::{Netstack, TcpListener, TcpStream};
@@ -76,6 +77,8 @@ pub struct Node {
 struct Inner {
     requests: mpsc::Sender<Request>,
     shared: Arc<Shared>,
+    /// Never read: readers are made after it.
+    events: broadcast::Receiver<Event>,
     netstack: Option<Netstack>,
     stop: CancellationToken,
     task: std::sync::Mutex<Option<JoinHandle<()>>>,
@@ -101,6 +104,13 @@ impl Node {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<NodeState> {
         self.inner.shared.state.subscribe()
+    }
+
+    /// What happens to the node's paths from now on. Any number of readers each see everything, up to
+    /// [`events::KEPT`](crate::events::KEPT) events back; who is slower loses the oldest and is told how many.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        Events::new(self.inner.events.resubscribe())
     }
 
     /// The node's addresses within the mesh, IPv4 first; empty before it runs.

@@ -5,6 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use mesh_derp::map::RegionId;
+use mesh_nat::agent::Why;
 use mesh_noise::key::NodePublic;
 use serde::{Deserialize, Serialize};
 
@@ -191,7 +192,7 @@ pub struct WhyStatus {
     pub reason: String,
     /// Since when the path is what it is, in seconds since 1970.
     pub since: u64,
-    /// The direct path's smoothed round trip, in milliseconds; none through a relay.
+    /// The smoothed round trip, directly or through a peer relay, in milliseconds; none through a relay region.
     pub rtt_ms: Option<f64>,
     /// The longest packet that arrives there, in bytes; none if the device sets the only limit.
     pub mtu: Option<usize>,
@@ -243,6 +244,17 @@ impl From<Option<mesh_nat::Path>> for PathStatus {
     }
 }
 
+impl PathStatus {
+    /// Why packets take this way, in words that follow "because".
+    #[must_use]
+    pub fn because(&self, why: &Why) -> String {
+        match self.kind {
+            PathKind::PeerRelay => format!("it answers through this relay, but not directly: {why}"),
+            PathKind::None | PathKind::Direct | PathKind::Relay => why.to_string(),
+        }
+    }
+}
+
 /// Packets and bytes both ways over one kind of path. Bytes are those of datagrams, headers of WireGuard included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PathCounters {
@@ -254,4 +266,20 @@ pub struct PathCounters {
     pub tx_packets: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_nat::{Path, Vni};
+
+    #[test]
+    fn a_path_through_a_peer_relay_says_both_why_it_is_used_and_why_there_is_none_better() {
+        let server = "192.0.2.7:7777".parse().unwrap();
+        let relayed = PathStatus::from(Some(Path::PeerRelay { server, vni: Vni::new(5).unwrap() }));
+        let text = "it answers through this relay, but not directly: none of its addresses answers";
+        assert_eq!(relayed.because(&Why::Silence), text);
+        let direct = PathStatus::from(Some(Path::Direct { socket: mesh_nat::SocketId(0), remote: server }));
+        assert_eq!(direct.because(&Why::Answers), "it answers there");
+    }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use mesh_control::admin::{self, CreateKey};
 use mesh_derp::map::DerpRegion;
 use mesh_node::coordinator::{self, Coordinator};
+use mesh_node::events::Change;
 use mesh_node::local_api::{Client, LocalApi, PingRequest, SetRequest, UpRequest, Via};
 use mesh_node::relay::{self, Relay};
 use mesh_node::status::PathKind;
@@ -31,10 +32,24 @@ async fn two_nodes_talk_by_the_relay_and_then_directly() {
     assert!(peer.last_handshake.is_some());
     assert!(lab.relay_frames() > 0);
 
+    let mut events = two.events();
     for node in [&one, &two] {
         node.set_path_mode(PathMode::Auto).await.unwrap();
     }
     until_direct(&two, "one").await;
+    let event = tokio::time::timeout(PATIENCE, async {
+        loop {
+            let event = events.next().await.expect("the node lives");
+            if matches!(event.change, Change::Path { .. }) {
+                return event;
+            }
+        }
+    });
+    let event = event.await.unwrap();
+    let Change::Path { peer: who, from, to, rtt, why, .. } = event.change else { unreachable!() };
+    assert_eq!((who, from.kind, to.kind), (peer.key, PathKind::Relay, PathKind::Direct));
+    assert!(rtt.is_some_and(|rtt| rtt < Duration::from_secs(1)) && to.endpoint.is_some(), "{event:?}");
+    assert_eq!(to.because(&why), "it answers there");
     until_direct(&one, "two").await;
     let before = peer_status(&two, "one").await;
     assert_eq!(fetch(&two, "one").await.unwrap(), "over the mesh");
@@ -50,6 +65,9 @@ async fn two_nodes_talk_by_the_relay_and_then_directly() {
     assert!(matches!(two.dial("nobody", 80).await, Err(Error::UnknownPeer(_))));
     one.shutdown().await;
     two.shutdown().await;
+    let rest = async { while events.next().await.is_some() {} };
+    tokio::time::timeout(PATIENCE, rest).await.expect("the end of the node ends its events");
+    assert_eq!(events.lost(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,7 @@ use mesh_control::netmap::Netmap;
 use mesh_control::wire::Node;
 
 use super::Driver;
-use crate::status::{NodeState, PeerStatus, STATUS_VERSION, SelfStatus, Status, WhyStatus};
+use crate::status::{NodeState, PathStatus, PeerStatus, STATUS_VERSION, SelfStatus, Status, WhyStatus};
 
 impl Driver {
     /// The node and its peers as of now.
@@ -73,6 +73,7 @@ impl Driver {
     fn peer_status(&self, netmap: &Netmap, node: &Node) -> PeerStatus {
         let report = self.session.as_ref().and_then(|session| session.engine.peer(&node.key));
         let (direct, relay) = self.plane.counters(&node.key);
+        let path = PathStatus::from(report.and_then(|report| report.path));
         PeerStatus {
             name: full_name(node),
             key: node.key,
@@ -80,9 +81,9 @@ impl Driver {
             owner: owner(Some(netmap), node),
             os: node.hostinfo.as_ref().map(|hostinfo| hostinfo.os.clone()).filter(|os| !os.is_empty()),
             online: node.online,
-            path: report.and_then(|report| report.path).into(),
+            path,
             why: report.and_then(|report| report.discovery).map(|found| WhyStatus {
-                reason: found.why.to_string(),
+                reason: path.because(&found.why),
                 since: self.clock.unix(found.since),
                 rtt_ms: found.latency.map(|latency| latency.as_secs_f64() * 1e3),
                 mtu: found.limit.map(|datagram| datagram.saturating_sub(crate::engine::SEALED)),

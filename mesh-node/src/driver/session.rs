@@ -21,7 +21,7 @@ use mesh_nat::disco::message::AllocateResponse;
 use mesh_nat::driver::SpareSockets;
 use mesh_noise::key::{DiscoPrivate, MachinePublic, NodePrivate, NodePublic};
 use mesh_noise::random::SystemRng;
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 
 use super::control::{self, ControlTask};
 use super::extra::{Arrived, ExtraSockets};
@@ -31,6 +31,7 @@ use crate::directory::Directory;
 use crate::dns::MagicDns;
 use crate::engine::{self, Announcement, Engine, MapView};
 use crate::error::Error;
+use crate::events::Event;
 use crate::local_api::Via;
 use crate::netcheck::NetcheckReport;
 use crate::peer_relay::PeerRelay;
@@ -83,6 +84,7 @@ pub(crate) struct Session {
     /// Allocations on our peer relay that the engine has not heard of yet.
     allocated: Vec<(NodePublic, AllocateResponse)>,
     clock: Clock,
+    events: broadcast::Sender<Event>,
     /// Sockets that live as long as a measurement.
     spare: SpareSockets,
     /// Sockets to guess ports with.
@@ -162,6 +164,7 @@ impl Session {
             allocated: Vec::new(),
             clock: driver.clock,
             spare: SpareSockets::new(),
+            events: driver.events.clone(),
             extra: ExtraSockets::new(),
         })
     }

@@ -156,18 +156,38 @@ pub enum Event {
         /// The peer.
         peer: NodePublic,
         /// The way; none if the peer cannot be reached.
-        path: Option<Path>,
+        to: Option<Path>,
+        /// The round trip there, smoothed; none through a relay region.
+        latency: Option<Duration>,
+        /// Packets of so many bytes at most arrive there; none if the device sets the only limit.
+        limit: Option<usize>,
         /// Why.
         why: Why,
     },
     /// A probe asked for with [`Engine::ping`](super::Engine::ping) was answered.
     PingAnswered {
         /// Which one.
+        /// The way until now.
+        from: Option<Path>,
         id: PingId,
         /// The way that it took.
         path: Path,
         /// The round trip.
         latency: Duration,
+    /// The path to the peer is in doubt, and packets take this way as well; or, with none, no longer.
+    BackupChanged {
+        /// The peer.
+        peer: NodePublic,
+        /// The second way.
+        backup: Option<Path>,
+    },
+    /// Packets of so many bytes at most arrive at the peer.
+    LimitChanged {
+        /// The peer.
+        peer: NodePublic,
+        /// None if the device sets the only limit.
+        limit: Option<usize>,
+    },
     },
     /// A probe asked for with [`Engine::ping`](super::Engine::ping) was lost.
     PingFailed {

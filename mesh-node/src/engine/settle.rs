@@ -34,13 +34,16 @@ impl Engine {
     fn update_paths(&mut self, now: Instant) -> bool {
         let mut hastened = false;
         while let Some(key) = self.moved.pop_first() {
-            let path = self.current_path(&key);
-            let why = self.agent.status(&key).map_or(agent::Why::NoDisco, |status| status.why);
-            let Some(peer) = self.peers.get_mut(&key).filter(|peer| peer.path != path) else { continue };
-            peer.path = path;
-            self.commands.push_back(Command::SetPath(key, path));
-            self.events.push_back(Event::PathChanged { peer: key, path, why });
-            if path.is_some() {
+            let to = self.current_path(&key);
+            let Some(peer) = self.peers.get_mut(&key).filter(|peer| peer.path != to) else { continue };
+            let from = std::mem::replace(&mut peer.path, to);
+            let status = self.agent.status(&key);
+            let why = status.map_or(agent::Why::NoDisco, |status| status.why);
+            let latency = status.and_then(|status| status.latency).filter(|_| !matches!(to, Some(Path::Relay { .. })));
+            let limit = status.and_then(|status| status.limit).map(|limit| limit.saturating_sub(SEALED));
+            self.commands.push_back(Command::SetPath(key, to));
+            self.events.push_back(Event::PathChanged { peer: key, from, to, latency, limit, why });
+            if to.is_some() {
                 // An initiation that had no way, or went the former one, is not worth waiting for.
                 self.interface.retry_handshake(now, &key, Duration::ZERO);
                 hastened = true;
@@ -75,6 +78,7 @@ impl Engine {
                     if let Some(known) = self.peers.get_mut(&peer) {
                         known.backup = backup;
                         self.commands.push_back(Command::SetBackup(peer, backup));
+                        self.events.push_back(Event::BackupChanged { peer, backup });
                         if backup.is_some() {
                             // An initiation that went the doubtful way alone is not worth waiting for.
                             self.interface.retry_handshake(now, &peer, Duration::ZERO);
@@ -84,6 +88,7 @@ impl Engine {
                 agent::Event::LimitChanged { peer, limit } => {
                     let limit = limit.map(|datagram| datagram.saturating_sub(SEALED));
                     self.commands.push_back(Command::SetLimit(peer, limit));
+                    self.events.push_back(Event::LimitChanged { peer, limit });
                 }
                 agent::Event::AllocationAsked { from, clients, generation } => {
                     self.commands.push_back(Command::Allocate { from, clients, generation });

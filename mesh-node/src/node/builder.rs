@@ -14,7 +14,7 @@ use mesh_tun::linux::netlink::Netlink;
 use mesh_tun::linux::queues;
 use mesh_tun::linux::tun::{self, Tun};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::service::ServiceDevice;
@@ -24,6 +24,7 @@ use crate::driver::{
     Clock, Driver, Fixed, HostNetwork, Plane, PortMaps, RelaySender, Shared, SleepWatch, Sockets, TunHost,
 };
 use crate::error::Error;
+use crate::events;
 use crate::forward::{self, Forwarder};
 use crate::netstack::{self, Netstack, SERVICE_V4, SERVICE_V6};
 use crate::peer_relay::PeerRelay;
@@ -278,6 +279,7 @@ impl Builder {
             state: watch::Sender::new(NodeState::Stopped { error: None }),
             directory: ArcSwap::default(),
         });
+        let (events, unread) = broadcast::channel(events::KEPT);
         let serving = self.serve(netstack.as_ref(), &names, &stop).await?;
         let port = sockets.port();
         let fixed = Fixed {
@@ -300,6 +302,7 @@ impl Builder {
             fixed,
             shared: Arc::clone(&shared),
             names,
+            events,
             plane,
             host,
             portmaps: PortMaps::new(clock, !self.no_port_mapping),
@@ -314,6 +317,7 @@ impl Builder {
             requests,
             shared,
             netstack,
+            events: unread,
             stop,
             task: std::sync::Mutex::new(Some(task)),
             port,

@@ -14,6 +14,7 @@ use super::{Job, Session};
 use crate::driver::{HostNetwork, Plane, answer, control};
 use crate::engine::{Command, Endpoint, Event};
 use crate::error::Error;
+use crate::events::{self, Change};
 use crate::netcheck::NetcheckReport;
 
 impl Session {
@@ -117,10 +118,18 @@ impl Session {
 
     fn tell(&mut self, event: Event) {
         match event {
-            Event::PathChanged { peer, path, why } => match path {
-                Some(path) => tracing::info!(peer = peer.short(), via = path_kind(&path), %why, "path"),
-                None => tracing::info!(peer = peer.short(), %why, "no path"),
-            },
+            Event::PathChanged { peer, from, to, latency: rtt, limit: mtu, why } => {
+                match to {
+                    Some(path) => tracing::info!(peer = peer.short(), via = path_kind(&path), %why, "path"),
+                    None => tracing::info!(peer = peer.short(), %why, "no path"),
+                }
+                self.publish(Change::Path { peer, from: from.into(), to: to.into(), rtt, mtu, why });
+            }
+            Event::BackupChanged { peer, backup } => {
+                let backup = backup.map(|path| Some(path).into());
+                self.publish(Change::Doubt { peer, backup });
+            }
+            Event::LimitChanged { peer, limit } => self.publish(Change::Mtu { peer, mtu: limit }),
             Event::PingAnswered { id, path, latency } => {
                 if let Some(reply) = self.pings.remove(&id) {
                     answer(reply, Ok((path.into(), latency)));
@@ -131,7 +140,10 @@ impl Session {
                     answer(reply, Err(Error::Timeout(Duration::from_secs(5))));
                 }
             }
-            Event::PeerSilent { peer } => tracing::info!(peer = peer.short(), "no answer to handshakes"),
+            Event::PeerSilent { peer } => {
+                tracing::info!(peer = peer.short(), "no answer to handshakes");
+                self.publish(Change::Silent { peer });
+            }
             Event::Measured(report) => {
                 for reply in self.netchecks.drain(..) {
                     let port_mapping = self.engine.port_mappings().into();
@@ -139,6 +151,13 @@ impl Session {
                 }
             }
         }
+    }
+}
+
+impl Session {
+    fn publish(&self, change: Change) {
+        // There may be no reader.
+        let _ = self.events.send(events::Event::new(self.clock.wall(self.clock.now()), change));
     }
 }
 
