@@ -147,8 +147,10 @@ impl Netcheck {
     }
 
     /// The network is another one: forgets the names looked up and what was found out about the NAT, so that the next
-    /// report is a full one.
+    /// report is a full one. A report that is being made is given up, for half of it would be about either network.
     pub fn forget_network(&mut self) {
+        self.run = None;
+        self.late = None;
         self.names.clear();
         self.last = None;
         self.last_full = None;

@@ -392,6 +392,43 @@ fn the_home_stays_when_another_region_is_slightly_nearer() {
 }
 
 #[test]
+fn a_home_that_was_asked_for_is_kept_whatever_others_measure_until_it_is_silent_for_two_minutes() {
+    let mut bench = Bench::new(&[V4]);
+    let (near, far) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 2]));
+    let both = |server: SocketAddr| Some(("203.0.113.5:9", if server.ip() == far { 300 } else { 5 }));
+    let near_alone = |server: SocketAddr| (server.ip() == near).then_some(("203.0.113.5:9", 5));
+    assert_eq!(bench.report(map(2), Scope::Full, both, nobody).preferred, Some(id(1)));
+    bench.netcheck.force_home(Some(id(2)));
+    for _ in 0..3 {
+        assert_eq!(bench.report(map(2), Scope::Full, both, nobody).preferred, Some(id(2)), "far, but asked for");
+    }
+    bench.netcheck.heard_by_relay(bench.now, id(2));
+    bench.now += Duration::from_secs(100);
+    assert_eq!(bench.report(map(2), Scope::Full, near_alone, nobody).preferred, Some(id(2)), "its relay was heard");
+    bench.now += Duration::from_secs(100);
+    assert_eq!(bench.report(map(2), Scope::Full, near_alone, nobody).preferred, Some(id(1)), "it seems to be dead");
+    assert_eq!(bench.report(map(2), Scope::Full, both, nobody).preferred, Some(id(2)), "it is back");
+    bench.netcheck.force_home(None);
+    assert_eq!(bench.report(map(2), Scope::Full, both, nobody).preferred, Some(id(1)));
+    bench.netcheck.force_home(Some(id(9)));
+    assert_eq!(bench.report(map(2), Scope::Full, both, nobody).preferred, Some(id(1)), "there is no such region");
+}
+
+#[test]
+fn a_change_of_network_gives_a_report_up_and_the_next_one_begins_at_once() {
+    let mut bench = Bench::new(&[V4]);
+    assert!(bench.netcheck.start(bench.now, Arc::new(map(2)), Scope::Full));
+    let former = bench.netcheck.poll_transmit().unwrap();
+    bench.netcheck.forget_network();
+    assert!(!bench.netcheck.is_running());
+    while bench.netcheck.poll_transmit().is_some() {}
+    assert!(bench.netcheck.start(bench.now, Arc::new(map(2)), Scope::Full));
+    let late = response(Request::decode(&former.datagram).unwrap().tx, "203.0.113.5:1".parse().unwrap());
+    let outcome = bench.netcheck.handle_datagram_from(bench.now, former.remote, &late);
+    assert_eq!(outcome, Err(StunError::UnknownTransaction), "an answer from the former network");
+}
+
+#[test]
 fn names_are_looked_up_once_and_addresses_in_their_place_never() {
     let mut map = map(1);
     let node = &mut map.regions.get_mut(&id(1)).unwrap().nodes[0];
