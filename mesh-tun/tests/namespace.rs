@@ -60,6 +60,40 @@ async fn a_tunnel_is_configured_carries_packets_and_leaves_nothing_behind() {
     assert_eq!(interfaces::interfaces(&netlink).await.unwrap(), before);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root and a network namespace of its own"]
+async fn another_default_router_with_the_same_addresses_is_a_change() {
+    let ip = |line: &str| {
+        let done = std::process::Command::new("ip").args(line.split(' ')).status().unwrap();
+        assert!(done.success(), "ip {line}");
+    };
+    ip("link add routed0 type dummy");
+    ip("address add 192.0.2.7/24 dev routed0");
+    ip("link set routed0 up");
+    ip("route replace default via 192.0.2.1");
+    let netlink = Netlink::open().unwrap();
+    let mut monitor = Monitor::start().unwrap();
+    let before = interfaces::interfaces(&netlink).await.unwrap();
+    let router = |found: &interfaces::Interfaces| found.router_v4.map(|router| router.address.to_string());
+    assert_eq!(router(&before).as_deref(), Some("192.0.2.1"));
+
+    ip("route replace default via 192.0.2.2");
+    tokio::time::timeout(Duration::from_secs(5), monitor.changed()).await.expect("a new router is a change");
+    let after = interfaces::interfaces(&netlink).await.unwrap();
+    assert_eq!(router(&after).as_deref(), Some("192.0.2.2"));
+    assert_eq!(before.interfaces, after.interfaces, "and nothing else has changed");
+
+    // A second one that is preferred, and then neither.
+    ip("route replace default via 192.0.2.3 metric 5");
+    ip("route delete default via 192.0.2.2");
+    monitor.changed().await;
+    assert_eq!(router(&interfaces::interfaces(&netlink).await.unwrap()).as_deref(), Some("192.0.2.3"));
+    ip("route delete default via 192.0.2.3");
+    monitor.changed().await;
+    assert!(!interfaces::interfaces(&netlink).await.unwrap().default_v4);
+    ip("link delete routed0");
+}
+
 /// One datagram out through the kernel, and its answer in.
 fn carries_packets(tun: &Tun) {
     let socket = UdpSocket::bind("100.64.0.1:0").unwrap();
