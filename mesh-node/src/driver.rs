@@ -78,6 +78,8 @@ pub(crate) struct Fixed {
     pub(crate) peer_relay_addresses: Vec<std::net::SocketAddr>,
     pub(crate) loopback_endpoints: bool,
     pub(crate) port_guessing: bool,
+    /// Whether the user has chosen the UDP port.
+    pub(crate) port_is_chosen: bool,
     pub(crate) timing: mesh_noise::wireguard::Timing,
     pub(crate) device: &'static str,
     pub(crate) ephemeral: bool,
@@ -91,10 +93,10 @@ pub(crate) struct Driver {
     pub(crate) prefs: Prefs,
     pub(crate) fixed: Fixed,
     pub(crate) shared: Arc<Shared>,
-    pub(crate) names: Names,
-    pub(crate) plane: Plane,
     /// Readers learn of the node's end by the end of this.
     pub(crate) events: broadcast::Sender<Event>,
+    pub(crate) names: Names,
+    pub(crate) plane: Plane,
     pub(crate) host: HostNetwork,
     pub(crate) portmaps: PortMaps,
     pub(crate) relay_sender: RelaySender,

@@ -20,10 +20,12 @@
 //! A handshake message takes the peer's current path: direct if path discovery has validated one, its home relay
 //! otherwise. Paths are learned from validated disco probes only, never from WireGuard messages.
 
+mod announce;
 mod endpoints;
 mod grants;
 mod guess;
 mod io;
+mod links;
 mod map;
 mod measure;
 mod peers;
@@ -34,6 +36,7 @@ pub(crate) mod tests;
 
 pub use endpoints::{Endpoint, EndpointKind, Local, LocalAddress, PortMappings, gather};
 pub use io::{Announcement, Command, Config, Event, Hop, PeerReport, Transmit};
+pub use links::{DefaultRoute, LinkChange};
 pub use map::{MapView, PeerView};
 pub use relays::RelayPlan;
 
@@ -79,13 +82,13 @@ struct Peer {
     last_sent: u64,
     /// Where packets go as well, because `path` is in doubt.
     backup: Option<Path>,
-}
-
-/// One node's decisions. See the [module documentation](self).
     /// When it was last asked for new sessions because it may have restarted.
     renewed: Option<Instant>,
     /// The disco key that it has told us itself, until control tells of another one than before.
     told_disco: Option<DiscoPublic>,
+}
+
+/// One node's decisions. See the [module documentation](self).
 #[derive(Debug)]
 pub struct Engine {
     me: NodePublic,
@@ -95,6 +98,7 @@ pub struct Engine {
     netcheck: Netcheck,
     mode: PathMode,
     static_endpoints: Vec<SocketAddr>,
+    fixed_port: bool,
     local: Local,
     mappings: PortMappings,
     map: Arc<MapView>,
@@ -103,7 +107,10 @@ pub struct Engine {
     strangers: BTreeMap<NodePublic, Instant>,
     relays: relays::Relays,
     report: Option<Box<Report>>,
-    announced: Announcement,
+    sightings: announce::Sightings,
+    /// Where we may be reached, as of now.
+    endpoints: Vec<Endpoint>,
+    announcer: announce::Announcer,
     /// Whether what goes into an announcement may have changed.
     announce: bool,
     /// Peers whose path may have changed.
@@ -143,6 +150,7 @@ impl Engine {
             netcheck: Netcheck::new(seeds.netcheck),
             mode: config.mode,
             static_endpoints: config.static_endpoints,
+            fixed_port: config.fixed_port,
             local: Local::default(),
             mappings: PortMappings::default(),
             map: Arc::default(),
@@ -150,7 +158,9 @@ impl Engine {
             strangers: BTreeMap::new(),
             relays: relays::Relays::default(),
             report: None,
-            announced: Announcement::default(),
+            sightings: announce::Sightings::default(),
+            endpoints: Vec::new(),
+            announcer: announce::Announcer::default(),
             announce: false,
             moved: BTreeSet::new(),
             live_sessions: 0,
@@ -197,7 +207,7 @@ impl Engine {
     /// Where we may be reached.
     #[must_use]
     pub fn endpoints(&self) -> &[Endpoint] {
-        &self.announced.endpoints
+        &self.endpoints
     }
 
     /// What this host has, as it was last told.
@@ -327,6 +337,15 @@ impl Engine {
         self.settle(now);
     }
 
+    /// `peer` sends on a session that we do not have, so we have restarted and it does not know yet. Its data is lost until
+    /// it has a new session: asks it for one.
+    pub fn session_unknown(&mut self, now: Instant, peer: &NodePublic) {
+        if self.peers.get(peer).is_some_and(|known| known.sessions.is_empty()) {
+            self.interface.want_session(now, peer);
+        }
+        self.settle(now);
+    }
+
     /// The clock that activity words are written in, in milliseconds.
     #[must_use]
     pub fn clock_ms(&self, now: Instant) -> u64 {
@@ -337,15 +356,6 @@ impl Engine {
     pub fn set_relay_connected(&mut self, now: Instant, region: RegionId, connected: bool) {
         self.relays.set_connected(region, connected);
         if connected {
-    /// `peer` sends on a session that we do not have, so we have restarted and it does not know yet. Its data is lost until
-    /// it has a new session: asks it for one.
-    pub fn session_unknown(&mut self, now: Instant, peer: &NodePublic) {
-        if self.peers.get(peer).is_some_and(|known| known.sessions.is_empty()) {
-            self.interface.want_session(now, peer);
-        }
-        self.settle(now);
-    }
-
             let there = |peer: &&Peer| peer.path == Some(Path::Relay { region });
             let waiting: Vec<_> = self.peers.values().filter(there).map(|peer| peer.view.node).collect();
             for peer in waiting {
@@ -353,6 +363,13 @@ impl Engine {
             }
         }
         self.settle(now);
+    }
+
+    /// The relay of `region` has delivered data. What comes to [`handle_datagram`](Self::handle_datagram) tells as much by
+    /// itself; data does not come here, and a home that delivers it is not left for want of an answer to STUN. Once a
+    /// second is enough.
+    pub fn relay_heard(&mut self, now: Instant, region: RegionId) {
+        self.netcheck.heard_by_relay(now, region);
     }
 
     /// A relay says that `peer` is not connected to it. If a handshake is being tried, it is tried again soon: a node that
@@ -369,28 +386,11 @@ impl Engine {
         self.settle(now);
     }
 
-    /// The host's addresses or our sockets have changed.
-    pub fn set_local(&mut self, now: Instant, local: Local, sockets: &[(mesh_nat::SocketId, SocketAddr)]) {
-        if self.local != local {
-            self.local = local;
-            self.announce = true;
-            self.netcheck.set_ports(sockets);
-            let sockets: Vec<_> = sockets.iter().map(|(id, bound)| (*id, Family::of(bound))).collect();
-            self.agent.set_sockets(sockets.clone());
-            self.agent.rebind(now);
-            self.netcheck.set_sockets(sockets);
-            self.netcheck.set_interfaces(self.local.addresses.iter().map(|found| found.network.addr()));
-            self.netcheck.forget_network();
-            self.start_measuring(now, Scope::Full);
-        }
-        self.settle(now);
-    }
-
     /// The host's gateways give these port mappings now.
     pub fn set_port_mappings(&mut self, now: Instant, mappings: PortMappings) {
         if self.mappings != mappings {
             self.mappings = mappings;
-            self.announce = true;
+            self.gather(now, false);
             self.settle(now);
         }
     }
@@ -519,6 +519,7 @@ impl Engine {
             self.relays.poll_timeout(),
             self.next_activity,
             self.next_measure,
+            self.announcer.due(),
         ]
         .into_iter()
         .flatten()

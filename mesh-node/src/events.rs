@@ -23,6 +23,7 @@ use mesh_noise::key::NodePublic;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
+use crate::engine::LinkChange;
 use crate::status::PathStatus;
 
 /// Events that are kept for a reader that is slow; older ones are lost to it, and counted.
@@ -86,6 +87,8 @@ pub enum Change {
         /// The peer.
         peer: NodePublic,
     },
+    /// The host's network has changed.
+    Link(LinkChange),
 }
 
 /// A reader of a node's events; see [`Node::events`](crate::Node::events).

@@ -148,14 +148,25 @@ impl Agent {
         }
     }
 
+    /// Something was added to the network below, an address or a route: there may be better paths by now. Searches for all
+    /// peers with recent traffic; paths in use are neither doubted nor left until a better one is proven.
+    pub fn look_again(&mut self, now: Instant) {
+        self.tick(now);
+        self.endpoints_at = None;
+        self.endpoints_asked = None;
+        for node in self.affected_peers() {
+            self.search(node, Urgency::Event);
+        }
+    }
+
     /// Peers that a change of network matters to, those with the latest traffic first.
     fn affected_peers(&self) -> Vec<NodePublic> {
         let mut affected: Vec<_> = self.peers.keys().filter(|node| self.matters(node)).copied().collect();
         affected.sort_by_key(|node| std::cmp::Reverse(self.peers.get(node).and_then(|peer| peer.sent)));
         affected
     }
-}
 
     fn matters(&self, node: &NodePublic) -> bool {
         self.peers.get(node).is_some_and(|peer| peer.best.is_some() || peer.engaged(self.now, &self.timing))
     }
+}

@@ -138,6 +138,7 @@ pub(super) fn description(hostinfo: &Hostinfo, disco: DiscoPublic, announcement:
             EndpointKind::PortMapped => EndpointType::PortMapped,
             EndpointKind::Local => EndpointType::Local,
             EndpointKind::Stun => EndpointType::Stun,
+            EndpointKind::StunLocalPort => EndpointType::Stun4LocalPort,
             EndpointKind::Explicit => EndpointType::Explicit,
         };
         (endpoint.address, kind)

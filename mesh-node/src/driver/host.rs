@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use mesh_nat::SocketId;
-use mesh_tun::linux::interfaces::{Interfaces, interfaces};
+use mesh_tun::linux::interfaces::{Interfaces, Router, interfaces};
 use mesh_tun::linux::monitor::Monitor;
 use mesh_tun::linux::netlink::Netlink;
 use mesh_tun::linux::udp::{Config, UdpBatch};
@@ -14,7 +14,7 @@ use mesh_tun::plan::{self, Host, Routing};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::engine::{Local, LocalAddress, MapView};
+use crate::engine::{DefaultRoute, Local, LocalAddress, MapView};
 use crate::error::Error;
 use crate::netstack::{Netstack, SERVICE_V4, SERVICE_V6};
 
@@ -187,7 +187,18 @@ impl HostNetwork {
         let port = |socket: SocketId| {
             self.sockets.all().find(|(id, _)| *id == socket).map(|(_, socket)| socket.local_addr().port())
         };
-        Local { addresses, port_v4: port(V4), port_v6: port(V6), loopback }
+        let route = |exists: bool, router: Option<&Router>| {
+            let (interface, source) = (router.map(|router| router.interface), router.and_then(|router| router.source));
+            exists.then(|| DefaultRoute { router: router.map(|router| router.address), interface, source })
+        };
+        Local {
+            addresses,
+            port_v4: port(V4),
+            port_v6: port(V6),
+            default_v4: route(found.default_v4, found.router_v4.as_ref()),
+            default_v6: route(found.default_v6, found.router_v6.as_ref()),
+            loopback,
+        }
     }
 
     /// Gives our interface, or our stack, the addresses of `map`, and routes to its peers.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -40,14 +41,18 @@ impl RelaySink for RelaySender {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Orders {
     home: bool,
-    /// Counts the times that the host's network has changed: each asks for a new connection.
-    network: u64,
+    /// Counts the times that the host's network has changed so that a new connection is needed.
+    lost: u64,
+    /// Counts the times that it has changed otherwise, and the connection may have died.
+    doubted: u64,
 }
 
 #[derive(Debug)]
 struct Running {
     region: DerpRegion,
     orders: watch::Sender<Orders>,
+    /// Whether a packet has come since this was last looked at.
+    heard: Arc<AtomicBool>,
     task: JoinHandle<()>,
 }
 
@@ -92,7 +97,19 @@ impl RelaySet {
     /// Connects anew everywhere: the address that connections were made from is gone.
     pub(super) fn reconnect(&self) {
         for running in self.running.values() {
-            running.orders.send_modify(|orders| orders.network += 1);
+            running.orders.send_modify(|orders| orders.lost += 1);
+        }
+    }
+
+    /// Whether a packet, of data as well, has come from this region since the last call.
+    pub(super) fn take_heard(&self, region: RegionId) -> bool {
+        self.running.get(&region).is_some_and(|running| running.heard.swap(false, Ordering::Relaxed))
+    }
+
+    /// Asks everywhere whether the relay still answers, and connects anew where it does not.
+    pub(super) fn check(&self) {
+        for running in self.running.values() {
+            running.orders.send_modify(|orders| orders.doubted += 1);
         }
     }
 
@@ -124,9 +141,15 @@ impl RelaySet {
             options.home = is_home;
             let client = RelayClient::new(options);
             outboxes.insert(*id, client.outbox());
-            let (orders, wanted) = watch::channel(Orders { home: is_home, network: 0 });
-            let task = tokio::spawn(run(*id, client, wanted, Arc::clone(&self.dataplane), self.events.clone()));
-            self.running.insert(*id, Running { region: region.clone(), orders, task });
+            let (orders, wanted) = watch::channel(Orders { home: is_home, lost: 0, doubted: 0 });
+            let heard = Arc::new(AtomicBool::new(false));
+            let to = Receivers {
+                dataplane: Arc::clone(&self.dataplane),
+                events: self.events.clone(),
+                heard: Arc::clone(&heard),
+            };
+            let task = tokio::spawn(run(*id, client, wanted, to));
+            self.running.insert(*id, Running { region: region.clone(), orders, heard, task });
         }
         if before != self.running.len() {
             tracing::debug!(regions = ?self.plan.regions, home = ?self.plan.home, "relay connections");
@@ -141,24 +164,28 @@ impl Drop for RelaySet {
     }
 }
 
-#[expect(clippy::wildcard_enum_match_arm, reason = "everything but packets is for the session to judge")]
-async fn run(
-    id: RegionId,
-    mut client: RelayClient,
-    mut orders: watch::Receiver<Orders>,
+/// Where a region's task puts what comes.
+struct Receivers {
     dataplane: Arc<Dataplane>,
     events: mpsc::Sender<(RegionId, RelayEvent)>,
-) {
-    let mut network = 0;
+    heard: Arc<AtomicBool>,
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "everything but packets is for the session to judge")]
+async fn run(id: RegionId, mut client: RelayClient, mut orders: watch::Receiver<Orders>, to: Receivers) {
+    let (mut lost, mut doubted) = (0, 0);
     loop {
         tokio::select! {
             event = client.next_event() => match event {
                 RelayEvent::Packet { source, payload } => {
                     // What finds no room is counted there.
-                    dataplane.inject(id, source, payload);
+                    to.dataplane.inject(id, source, payload);
+                    if !to.heard.load(Ordering::Relaxed) {
+                        to.heard.store(true, Ordering::Relaxed);
+                    }
                 }
                 event => {
-                    if events.send((id, event)).await.is_err() {
+                    if to.events.send((id, event)).await.is_err() {
                         return;
                     }
                 }
@@ -169,10 +196,12 @@ async fn run(
                 }
                 let new = *orders.borrow_and_update();
                 client.set_home(new.home);
-                if new.network != network {
-                    network = new.network;
+                if new.lost != lost {
                     client.reconnect();
+                } else if new.doubted != doubted {
+                    client.check();
                 }
+                (lost, doubted) = (new.lost, new.doubted);
             }
         }
     }

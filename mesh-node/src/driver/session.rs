@@ -126,6 +126,7 @@ impl Session {
                 wall: driver.clock.wall(driver.clock.epoch()),
                 mode: driver.prefs.path_mode,
                 static_endpoints: driver.fixed.static_endpoints.clone(),
+                fixed_port: driver.fixed.port_is_chosen,
                 port_guessing: driver.fixed.port_guessing,
                 timing: driver.fixed.timing.clone(),
             },
@@ -163,8 +164,8 @@ impl Session {
             netchecks: Vec::new(),
             allocated: Vec::new(),
             clock: driver.clock,
-            spare: SpareSockets::new(),
             events: driver.events.clone(),
+            spare: SpareSockets::new(),
             extra: ExtraSockets::new(),
         })
     }

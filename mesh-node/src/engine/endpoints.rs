@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use mesh_nat::portmap;
-use mesh_nat::report::Report;
+
+use super::DefaultRoute;
 
 /// How an endpoint was found out; control is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +16,8 @@ pub enum EndpointKind {
     Local,
     /// Our address as a STUN server has seen it.
     Stun,
+    /// Our address as a STUN server has seen it, with the port that our socket has here: a guess that it is forwarded.
+    StunLocalPort,
     /// Set by the user.
     Explicit,
 }
@@ -46,8 +49,18 @@ pub struct Local {
     pub port_v4: Option<u16>,
     /// The port of the IPv6 socket.
     pub port_v6: Option<u16>,
+    /// The default route of IPv4.
+    pub default_v4: Option<DefaultRoute>,
+    /// The default route of IPv6.
+    pub default_v6: Option<DefaultRoute>,
     /// Whether loopback addresses count even where there are others: for several nodes on one host.
     pub loopback: bool,
+}
+
+impl Local {
+    pub(super) fn default_routes(&self) -> [Option<DefaultRoute>; 2] {
+        [self.default_v4, self.default_v6]
+    }
 }
 
 /// What the gateways of this host have given, family by family.
@@ -68,14 +81,9 @@ impl PortMappings {
 /// Per subnet, how many IPv6 addresses are worth telling (privacy extensions make many).
 const MAX_V6_PER_SUBNET: usize = 2;
 
-/// Gathers the endpoints, the likeliest to work from afar first.
+/// Gathers the endpoints, the likeliest to work from afar first; `seen` are those that STUN servers know us by.
 #[must_use]
-pub fn gather(
-    local: &Local,
-    mappings: &PortMappings,
-    report: Option<&Report>,
-    explicit: &[SocketAddr],
-) -> Vec<Endpoint> {
+pub fn gather(local: &Local, mappings: &PortMappings, seen: &[Endpoint], explicit: &[SocketAddr]) -> Vec<Endpoint> {
     let mut found = Vec::new();
     let mut add = |address: SocketAddr, kind| {
         if !found.iter().any(|endpoint: &Endpoint| endpoint.address == address) {
@@ -88,10 +96,8 @@ pub fn gather(
     for address in explicit {
         add(*address, EndpointKind::Explicit);
     }
-    if let Some(report) = report {
-        for address in report.endpoints() {
-            add(address, EndpointKind::Stun);
-        }
+    for endpoint in seen {
+        add(endpoint.address, endpoint.kind);
     }
     for address in interface_addresses(local) {
         add(address, EndpointKind::Local);
@@ -176,6 +182,11 @@ fn interface_addresses(local: &Local) -> Vec<SocketAddr> {
     addresses
 }
 
+/// Whether other hosts may know us by this address.
+pub(super) fn is_usable(found: &LocalAddress) -> bool {
+    matches!(scope(found.network.addr()), Scope::Regular | Scope::LastResort) && !is_other_vpn(&found.interface)
+}
+
 /// Interfaces that other mesh networks make.
 fn is_other_vpn(interface: &str) -> bool {
     interface.starts_with("zt") || interface == "wt0" || interface.starts_with("tailscale")
@@ -196,12 +207,12 @@ mod tests {
                 .collect(),
             port_v4: Some(41641),
             port_v6: Some(41642),
-            loopback: false,
+            ..Local::default()
         }
     }
 
     fn found(local: &Local) -> Vec<String> {
-        gather(local, &PortMappings::default(), None, &[]).iter().map(|endpoint| endpoint.address.to_string()).collect()
+        gather(local, &PortMappings::default(), &[], &[]).iter().map(|endpoint| endpoint.address.to_string()).collect()
     }
 
     #[test]
@@ -248,9 +259,9 @@ mod tests {
     #[test]
     fn explicit_endpoints_come_first_and_nothing_twice() {
         let host = local(&[("eth0", "192.0.2.7/24")]);
-        let report = Report { global_v4: Some("198.51.100.1:5".parse().unwrap()), ..Report::default() };
+        let seen = [Endpoint { address: "198.51.100.1:5".parse().unwrap(), kind: EndpointKind::Stun }];
         let explicit = ["192.0.2.7:41641".parse().unwrap()];
-        let found = gather(&host, &PortMappings::default(), Some(&report), &explicit);
+        let found = gather(&host, &PortMappings::default(), &seen, &explicit);
         let kinds: Vec<_> = found.iter().map(|endpoint| endpoint.kind).collect();
         assert_eq!(kinds, [EndpointKind::Explicit, EndpointKind::Stun]);
     }
@@ -268,9 +279,9 @@ mod tests {
             v4: portmap::Status { mapping: Some(mapping), ..portmap::Status::default() },
             ..PortMappings::default()
         };
-        let first = gather(&host, &mapped(mapping), None, &["192.0.2.7:1".parse().unwrap()])[0];
+        let first = gather(&host, &mapped(mapping), &[], &["192.0.2.7:1".parse().unwrap()])[0];
         assert_eq!(first, Endpoint { address: mapping.external, kind: EndpointKind::PortMapped });
         mapping.double_nat = true;
-        assert_eq!(gather(&host, &mapped(mapping), None, &[]).len(), 1);
+        assert_eq!(gather(&host, &mapped(mapping), &[], &[]).len(), 1);
     }
 }

@@ -11,7 +11,7 @@ use mesh_nat::{Path, SocketId};
 use mesh_noise::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use mesh_noise::wireguard::{Session, Timing};
 
-use super::{Endpoint, MapView, PeerView, PortMappings, RelayPlan};
+use super::{Endpoint, LinkChange, MapView, PeerView, PortMappings, RelayPlan};
 use crate::prefs::PathMode;
 
 /// What an engine starts with.
@@ -31,6 +31,8 @@ pub struct Config {
     pub mode: PathMode,
     /// Endpoints set by the user, told to peers as they are.
     pub static_endpoints: Vec<SocketAddr>,
+    /// Whether the user has chosen the port of the IPv4 socket, so that it may be forwarded.
+    pub fixed_port: bool,
     /// Whether ports of NATs may be guessed, which takes extra sockets for seconds.
     pub port_guessing: bool,
     /// WireGuard's timers.
@@ -85,6 +87,12 @@ impl Announcement {
             || self.endpoints != other.endpoints
             || self.home != other.home
             || network(&self.report) != network(&other.report)
+    }
+
+    /// Whether endpoints of the other are missing here, and that is all the difference.
+    pub(super) fn only_lacks(&self, other: &Self) -> bool {
+        let same = Self { endpoints: other.endpoints.clone(), ..self.clone() };
+        self.endpoints.iter().all(|endpoint| other.endpoints.contains(endpoint)) && !same.differs(other)
     }
 }
 
@@ -155,6 +163,8 @@ pub enum Event {
     PathChanged {
         /// The peer.
         peer: NodePublic,
+        /// The way until now.
+        from: Option<Path>,
         /// The way; none if the peer cannot be reached.
         to: Option<Path>,
         /// The round trip there, smoothed; none through a relay region.
@@ -164,16 +174,6 @@ pub enum Event {
         /// Why.
         why: Why,
     },
-    /// A probe asked for with [`Engine::ping`](super::Engine::ping) was answered.
-    PingAnswered {
-        /// Which one.
-        /// The way until now.
-        from: Option<Path>,
-        id: PingId,
-        /// The way that it took.
-        path: Path,
-        /// The round trip.
-        latency: Duration,
     /// The path to the peer is in doubt, and packets take this way as well; or, with none, no longer.
     BackupChanged {
         /// The peer.
@@ -188,6 +188,14 @@ pub enum Event {
         /// None if the device sets the only limit.
         limit: Option<usize>,
     },
+    /// A probe asked for with [`Engine::ping`](super::Engine::ping) was answered.
+    PingAnswered {
+        /// Which one.
+        id: PingId,
+        /// The way that it took.
+        path: Path,
+        /// The round trip.
+        latency: Duration,
     },
     /// A probe asked for with [`Engine::ping`](super::Engine::ping) was lost.
     PingFailed {
@@ -199,6 +207,8 @@ pub enum Event {
         /// The peer.
         peer: NodePublic,
     },
+    /// The host's network has changed.
+    LinkChanged(LinkChange),
     /// A measurement of the network has ended.
     Measured(Box<Report>),
 }

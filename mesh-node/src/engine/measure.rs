@@ -1,4 +1,4 @@
-//! Measuring the network, and what follows from it: endpoints, the home region, and what control is told.
+//! Measuring the network, and what follows from it: endpoints and the home region.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use mesh_nat::report::{Report, Scope, fallback_home};
 use rand_core::Rng;
 
-use super::{Announcement, Command, Engine, Event, gather};
+use super::{Command, Engine, Event};
 
 /// How long after the last packet a node counts as active: so long its addresses are kept fresh.
 const ACTIVE: Duration = Duration::from_secs(45);
@@ -48,8 +48,9 @@ impl Engine {
         }
         self.netcheck.set_home(self.relays.home());
         self.tell_agent(now, &report);
-        self.announce = true;
+        self.sightings.note(now, &report, self.local.port_v4.filter(|_| self.fixed_port));
         self.report = Some(Box::new(report));
+        self.gather(now, true);
     }
 
     pub(super) fn measured(&mut self, now: Instant, report: Report) {
@@ -61,21 +62,5 @@ impl Engine {
             self.plan_measuring(now);
         }
         self.events.push_back(Event::Measured(Box::new(report)));
-    }
-
-    pub(super) fn announce(&mut self, now: Instant) {
-        if !std::mem::take(&mut self.announce) {
-            return;
-        }
-        let endpoints = gather(&self.local, &self.mappings, self.report.as_deref(), &self.static_endpoints);
-        if endpoints != self.announced.endpoints {
-            self.agent.set_endpoints(now, endpoints.iter().map(|endpoint| endpoint.address).collect());
-        }
-        let announcement =
-            Announcement { endpoints, home: self.relays.home(), report: self.report.clone(), mappings: self.mappings };
-        if announcement.differs(&self.announced) {
-            self.announced.clone_from(&announcement);
-            self.commands.push_back(Command::Announce(announcement));
-        }
     }
 }

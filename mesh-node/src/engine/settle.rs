@@ -70,6 +70,8 @@ impl Engine {
                     self.events.push_back(Event::PingAnswered { id, path, latency });
                 }
                 agent::Event::PingFailed { id, .. } => self.events.push_back(Event::PingFailed { id }),
+                // A measurement under way will tell them.
+                agent::Event::NeedEndpoints if self.netcheck.is_running() => {}
                 agent::Event::NeedEndpoints => self.start_measuring(now, Scope::Auto),
                 agent::Event::PathChanged { peer, .. } => {
                     self.moved.insert(peer);

@@ -1,5 +1,6 @@
 //! What an engine does, shown by two of them in virtual time.
 
+mod links;
 mod restart;
 mod world;
 
@@ -162,6 +163,27 @@ fn endpoints_and_home_are_announced_once_measured() {
     let announced = world.hosts[0].announced.clone().unwrap();
     assert_eq!(announced.home, Some(region(1)));
     assert_eq!(announced.endpoints[0].address, world.hosts[0].address);
+}
+
+#[test]
+fn a_home_that_delivers_data_is_not_left_for_want_of_an_answer_to_stun() {
+    let mut world = World::new();
+    world.regions = 2;
+    world.publish();
+    assert!(world.run_until(Duration::from_secs(5), |world| {
+        world.hosts.iter().all(|host| host.engine.home() == Some(region(1)) && host.engine.report().is_some())
+    }));
+    for host in &mut world.hosts {
+        // No disco comes through the relay then.
+        host.engine.set_mode(world.now, PathMode::Relay);
+    }
+    world.publish();
+    world.mute = Some("192.0.2.1".parse().unwrap());
+    world.converse(Duration::from_secs(70));
+    let report = world.hosts[0].engine.report().unwrap();
+    assert_eq!(report.region_latency.keys().copied().collect::<Vec<_>>(), [region(2)], "the home was not measured");
+    assert_eq!(world.hosts[0].engine.home(), Some(region(1)), "{report:?}");
+    assert!(world.hosts[1].received.len() > 600);
 }
 
 proptest::proptest! {

@@ -16,7 +16,7 @@ use crate::dataplane::Notice;
 use crate::directory::Directory;
 use crate::dns::MagicDns;
 use crate::driver::{HostNetwork, Reply, answer};
-use crate::engine::{Hop, Local, MapView};
+use crate::engine::{Hop, LinkChange, Local, MapView};
 use crate::error::Error;
 use crate::local_api::Via;
 use crate::netcheck::NetcheckReport;
@@ -175,18 +175,26 @@ impl Session {
     }
 
     pub(in crate::driver) fn handle_timeout(&mut self, now: Instant) {
+        if let Some(home) = self.engine.home().filter(|home| self.relays.take_heard(*home)) {
+            self.engine.relay_heard(now, home);
+        }
         self.engine.handle_timeout(now);
     }
 
     pub(in crate::driver) fn set_local(&mut self, now: Instant, local: Local, host: &HostNetwork) {
-        let here = |address| local.addresses.contains(address);
-        let moved = !self.engine.local().addresses.iter().all(here);
-        self.engine.set_local(now, local, &host.sockets.ids());
-        if moved {
-            tracing::info!("this host's addresses have changed; connecting anew");
-            self.relays.reconnect();
+        let change = self.engine.set_local(now, local, &host.sockets.ids());
+        match change {
+            Some(LinkChange::Address) => {
+                tracing::info!("this host's addresses have changed; connecting anew");
+                self.relays.reconnect();
+            }
+            Some(LinkChange::Route) => {
+                tracing::info!("this host's default route has changed; looking what still works");
+                self.relays.check();
+            }
+            Some(LinkChange::Minor) | None => {}
         }
-        if moved && self.state.is_running() {
+        if change.is_some_and(LinkChange::is_major) && self.state.is_running() {
             self.control.reconnect();
         } else {
             self.control.retry_now();

@@ -129,6 +129,7 @@ impl Session {
                 let backup = backup.map(|path| Some(path).into());
                 self.publish(Change::Doubt { peer, backup });
             }
+            Event::LinkChanged(change) => self.publish(Change::Link(change)),
             Event::LimitChanged { peer, limit } => self.publish(Change::Mtu { peer, mtu: limit }),
             Event::PingAnswered { id, path, latency } => {
                 if let Some(reply) = self.pings.remove(&id) {

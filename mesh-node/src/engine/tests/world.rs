@@ -92,6 +92,7 @@ fn engine(now: Instant, wall: SystemTime, private: &NodePrivate, rng: &mut StdRn
         wall,
         mode: PathMode::Auto,
         port_guessing: true,
+        fixed_port: false,
         static_endpoints: Vec::new(),
         timing: Timing::default(),
     };
@@ -138,7 +139,9 @@ impl Host {
     /// Tells the engine of the host's network.
     fn connect(&mut self, now: Instant) {
         let addresses = vec![LocalAddress { interface: "eth0".into(), network: self.address.ip().into() }];
-        let local = Local { addresses, port_v4: Some(self.address.port()), port_v6: None, loopback: false };
+        let router = DefaultRoute { router: "198.51.100.254".parse().ok(), interface: Some(2), source: None };
+        let port_v4 = Some(self.address.port());
+        let local = Local { addresses, port_v4, default_v4: Some(router), ..Local::default() };
         self.engine.set_control_connected(now, true);
         self.engine.set_local(now, local, &[(SocketId(0), self.address)]);
     }
@@ -402,6 +405,9 @@ impl World {
     /// The double of the data plane's receiving half.
     fn open(&mut self, to: usize, from: &Hop, mut datagram: Vec<u8>) {
         let host = &mut self.hosts[to];
+        if let Path::Relay { region } = from.path {
+            host.engine.relay_heard(self.now, region);
+        }
         let index = u32::from_le_bytes(datagram[4..8].try_into().unwrap());
         let Some(session) = host.receive.get(&index).cloned() else {
             if let Some(peer) = from.node {
