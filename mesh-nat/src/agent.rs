@@ -50,13 +50,10 @@ use rand::{RngExt, SeedableRng};
 use rand_core::Rng;
 
 use crate::behaviour::Behaviour;
-use crate::disco::message::TxId;
 use crate::hard::Guesser;
 use crate::path::candidate::Target;
-use crate::path::probe::Probe;
 use crate::path::{Family, SocketId};
 use crate::relay::Client;
-use crate::timer::TimerTable;
 
 mod doubt;
 mod guess;
@@ -68,6 +65,7 @@ mod peer;
 mod relay;
 mod search;
 mod status;
+mod timers;
 mod types;
 mod why;
 
@@ -75,22 +73,9 @@ use doubt::Doubt;
 use pace::Pace;
 use peer::{Peer, within};
 pub use relay::Relays;
+use timers::{Timer, Timers};
 pub use types::{Counters, Event, Mode, PeerConfig, PeerStatus, PingId, Reject, Source, Timing, Transmit};
 pub use why::Why;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Timer {
-    Heartbeat(NodePublic),
-    Retry(NodePublic),
-    Again(NodePublic),
-    Pace,
-    Trust(NodePublic),
-    Probe(TxId),
-    UserPing(PingId),
-    Endpoints,
-    Mtu(NodePublic),
-    Guess,
-}
 
 /// A user's ping under way.
 #[derive(Debug, Clone, Copy)]
@@ -127,14 +112,13 @@ pub struct Agent {
     endpoints_asked: Option<Instant>,
     /// In boxes: a tree is half empty, and what is known of a peer is long.
     peers: BTreeMap<NodePublic, Box<Peer>>,
-    /// Who has a disco key, in key order: one, but for shared nodes.
-    by_disco: BTreeMap<DiscoPublic, Vec<NodePublic>>,
+    /// Who has a disco key: one, but for shared nodes.
+    by_disco: BTreeSet<(DiscoPublic, NodePublic)>,
     /// Whose an address is.
     owners: BTreeMap<Target, NodePublic>,
-    probes: BTreeMap<TxId, Probe>,
     user_pings: BTreeMap<PingId, UserPing>,
     next_ping: u64,
-    timers: TimerTable<Timer>,
+    timers: Timers,
     pace: Pace,
     /// Paths through peer relays.
     relay: Client,
@@ -184,12 +168,11 @@ impl Agent {
             endpoints_at: None,
             endpoints_asked: None,
             peers: BTreeMap::new(),
-            by_disco: BTreeMap::new(),
+            by_disco: BTreeSet::new(),
             owners: BTreeMap::new(),
-            probes: BTreeMap::new(),
             user_pings: BTreeMap::new(),
             next_ping: 0,
-            timers: TimerTable::new(),
+            timers: Timers::new(),
             pace: Pace::new(now),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -221,13 +204,10 @@ impl Agent {
         if let Some(old) = old_disco
             && old != config.disco
         {
-            self.unindex(&node, &old);
+            self.by_disco.remove(&(old, node));
         }
         if !config.disco.is_zero() {
-            let holders = self.by_disco.entry(config.disco).or_insert_with(|| Vec::with_capacity(1));
-            if let Err(at) = holders.binary_search(&node) {
-                holders.insert(at, node);
-            }
+            self.by_disco.insert((config.disco, node));
         }
         let peer = self.peers.entry(node).or_insert_with(|| Box::new(Peer::new(now, config.disco)));
         let restarted = peer.disco != config.disco && !peer.disco.is_zero() && !config.disco.is_zero();
@@ -241,7 +221,7 @@ impl Agent {
             peer.behaviour = config.behaviour;
         }
         peer.ours = config.ours;
-        let fresh = peer.set_listed(now, &self.sockets, config.endpoints, &mut self.counters);
+        let fresh = peer.set_listed(now, &self.sockets, config.endpoints.into_boxed_slice(), &mut self.counters);
         let engaged = peer.engaged(now, &self.timing);
         if restarted {
             self.restarted(node);
@@ -258,23 +238,16 @@ impl Agent {
     /// Forgets a peer. Its user pings fail.
     pub fn remove_peer(&mut self, node: &NodePublic) {
         let Some(peer) = self.peers.remove(node) else { return };
-        self.unindex(node, &peer.disco);
+        self.by_disco.remove(&(peer.disco, *node));
         self.relay.remove_peer(node);
         self.owners.retain(|_, owner| owner != node);
-        let probes: Vec<_> = self.probes.iter().filter(|(_, probe)| probe.peer == *node).map(|(tx, _)| *tx).collect();
-        for tx in probes {
-            self.probes.remove(&tx);
-            self.timers.clear(Timer::Probe(tx));
-        }
         let pings: Vec<_> = self.user_pings.iter().filter(|(_, ping)| ping.peer == *node).map(|(id, _)| *id).collect();
         for id in pings {
             self.user_pings.remove(&id);
             self.timers.clear(Timer::UserPing(id));
             self.events.push_back(Event::PingFailed { id, peer: *node });
         }
-        for timer in [Timer::Heartbeat, Timer::Retry, Timer::Again, Timer::Trust, Timer::Mtu] {
-            self.timers.clear(timer(*node));
-        }
+        self.timers.clear_peer(node);
         self.guesses_dropped(node);
     }
 
@@ -363,9 +336,7 @@ impl Agent {
                 Timer::Again(node) => self.again(node),
                 Timer::Pace => self.pace_due(),
                 Timer::Trust(node) => self.lost(node),
-                Timer::Probe(tx) => {
-                    self.probes.remove(&tx);
-                }
+                Timer::Flight(node) => self.flight_due(node),
                 Timer::UserPing(id) => {
                     if let Some(ping) = self.user_pings.remove(&id) {
                         self.events.push_back(Event::PingFailed { id, peer: ping.peer });
@@ -404,13 +375,10 @@ impl Agent {
         self.now = self.now.max(now);
     }
 
-    fn unindex(&mut self, node: &NodePublic, disco: &DiscoPublic) {
-        if let Some(nodes) = self.by_disco.get_mut(disco) {
-            nodes.retain(|other| other != node);
-            if nodes.is_empty() {
-                self.by_disco.remove(disco);
-            }
-        }
+    /// Who has this disco key, in key order.
+    fn holders(&self, disco: DiscoPublic) -> Vec<NodePublic> {
+        let from = (disco, NodePublic::from_bytes([0; 32]));
+        self.by_disco.range(from..).take_while(|(held, _)| *held == disco).map(|(_, node)| *node).collect()
     }
 
     fn engaged_peers(&self) -> Vec<NodePublic> {

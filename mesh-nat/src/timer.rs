@@ -40,6 +40,10 @@ impl<K: Ord + Copy> TimerTable<K> {
         self.by_name.contains_key(&name)
     }
 
+    pub(crate) fn get(&self, name: K) -> Option<Instant> {
+        self.by_name.get(&name).copied()
+    }
+
     pub(crate) fn next(&self) -> Option<Instant> {
         self.by_time.first().map(|(at, _)| *at)
     }

@@ -2,8 +2,10 @@
 //! address of its own 40 ms away, sends data and pings like ours, and is sent data all the time.
 //!
 //! ```text
-//! agent [PEERS [SECONDS]]      1,000 peers for 60 seconds of virtual time
+//! agent [--check] [PEERS [SECONDS]]      1,000 peers for 60 seconds of virtual time
 //! ```
+//!
+//! With `--check` it fails if a bar is missed: 2 % of one core, 4 KiB a peer.
 //!
 //! Only the agent under test is timed, by the clock of this thread: the peers are a few lines that answer. Memory is what
 //! the process has gained, so it counts what the allocator adds.
@@ -31,6 +33,10 @@ const ROUND_TRIP: Duration = Duration::from_millis(40);
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Until every peer has been found and its path measured.
 const WARM_UP: Duration = Duration::from_secs(30);
+/// The bar for processor time, in percent of one core.
+const MOST_SHARE: f64 = 2.0;
+/// The bar for memory, in bytes a peer.
+const MOST_BYTES: u64 = 4096;
 
 /// The other end: answers pings, and sends one every three seconds.
 struct Peer {
@@ -166,7 +172,10 @@ impl Crowd {
 }
 
 fn main() -> anyhow::Result<()> {
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments: Vec<_> = std::env::args().skip(1).collect();
+    let check = arguments.iter().any(|argument| argument == "--check");
+    arguments.retain(|argument| argument != "--check");
+    let mut arguments = arguments.into_iter();
     let count: u32 = arguments.next().map_or(Ok(1000), |text| text.parse()).context("how many peers?")?;
     let seconds: u64 = arguments.next().map_or(Ok(60), |text| text.parse()).context("for how many seconds?")?;
     let (mut crowd, empty) = Crowd::new(count)?;
@@ -182,6 +191,10 @@ fn main() -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "{count} active peers, {seconds} s of virtual time")?;
     writeln!(out, "agent: {share:.2} % of one core, {rate:.0} datagrams a second, {each} bytes a peer")?;
+    if check {
+        anyhow::ensure!(share < MOST_SHARE, "{share:.2} % of one core, the bar is {MOST_SHARE} %");
+        anyhow::ensure!(each < MOST_BYTES, "{each} bytes a peer, the bar is {MOST_BYTES}");
+    }
     Ok(())
 }
 

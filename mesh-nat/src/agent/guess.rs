@@ -5,14 +5,13 @@ use std::time::Instant;
 
 use mesh_derp::map::RegionId;
 use mesh_noise::key::NodePublic;
-use rand_core::Rng;
 
 use super::{Agent, Event, Mode, Reject, Source, Timer, Transmit};
-use crate::disco::message::{Message, Ping, TxId};
+use crate::disco::message::Message;
 use crate::hard::message::Punch;
 use crate::hard::{Action, Extra, Outcome, PeerFacts};
 use crate::path::candidate::{Target, usable};
-use crate::path::probe::Probe;
+use crate::path::probe::Purpose;
 use crate::path::{Family, Path, SocketId};
 use crate::stun::message::StunError;
 
@@ -180,13 +179,7 @@ impl Agent {
     fn send_guess(&mut self, node: NodePublic, socket: Option<SocketId>, remote: SocketAddr) {
         let ordinary = || self.sockets.iter().find(|(_, family)| *family == Family::of(&remote)).map(|(id, _)| *id);
         let (Some(socket), Some(remote)) = (socket.or_else(ordinary), usable(remote)) else { return };
-        let mut tx = [0; 12];
-        self.rng.fill_bytes(&mut tx);
-        let (tx, path) = (TxId(tx), Path::Direct { socket, remote });
-        let probe = Probe { peer: node, path, sent: self.now, user: None, length: None, guess: true };
-        self.probes.insert(tx, probe);
-        self.timers.set(Timer::Probe(tx), self.now + self.timing.ping_timeout);
-        self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding: 0 }));
+        self.launch(node, Path::Direct { socket, remote }, Purpose::Guess, 0);
     }
 
     /// What was learnt from a socket goes with it.

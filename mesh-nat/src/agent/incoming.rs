@@ -1,6 +1,5 @@
 //! Receiving: what is believed, and what it leads to.
 
-use std::mem::discriminant;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -15,7 +14,7 @@ use crate::disco::message::{CallMeMaybe, Message, Ping, Pong};
 use crate::disco::seal;
 use crate::path::Path;
 use crate::path::candidate::{MAX_CANDIDATES, Target, usable};
-use crate::path::probe::RoundTrip;
+use crate::path::probe::{Purpose, RoundTrip};
 use crate::relay::client::Place;
 
 /// Between two triggered checks of one address.
@@ -42,14 +41,13 @@ impl Agent {
 
     pub(super) fn handle_disco(&mut self, source: Source, datagram: &[u8]) -> Result<(), Reject> {
         let sender = seal::sender(datagram).ok_or(Reject::NotDisco)?;
-        let holders = self.by_disco.get(&sender).ok_or(Reject::UnknownSender)?;
-        let holders = holders.to_vec();
+        let holders = self.holders(sender);
+        let holder = holders.first().ok_or(Reject::UnknownSender)?;
         match source.path {
             Path::Direct { .. } if self.mode == Mode::Relay => return Err(Reject::Disabled),
             Path::Direct { .. } | Path::PeerRelay { .. } | Path::Relay { .. } => {}
         }
         // All holders of one disco key share the box; any of them can open it.
-        let holder = holders.first().ok_or(Reject::UnknownSender)?;
         let peer = self.peers.get_mut(holder).ok_or(Reject::UnknownSender)?;
         let shared = peer.shared.get_or_insert_with(|| self.disco.box_with(&sender));
         let plaintext = seal::open(shared, datagram).ok_or(Reject::Unsealed)?;
@@ -153,36 +151,37 @@ impl Agent {
         {
             return Ok(());
         }
-        let probe = *self.probes.get(&pong.tx).ok_or(Reject::UnexpectedPong)?;
-        // The address is not compared: a pong may come from another one than was pinged. The kind of path is, since a
-        // pong through a relay proves nothing about UDP.
-        if !holders.contains(&probe.peer) || discriminant(&probe.path) != discriminant(&source.path) {
-            return Err(Reject::UnexpectedPong);
-        }
-        self.probes.remove(&pong.tx);
-        self.timers.clear(Timer::Probe(pong.tx));
+        let take = |node: &NodePublic| {
+            let peer = self.peers.get_mut(node)?;
+            let probe = peer.flight.answered(&pong.tx, &source.path)?;
+            if peer.flight.oldest().is_none() {
+                self.timers.clear(Timer::Flight(*node));
+            }
+            Some((*node, probe))
+        };
+        let (node, probe) = holders.iter().find_map(take).ok_or(Reject::UnexpectedPong)?;
         let latency = now.saturating_duration_since(probe.sent);
         let served = |id: &PingId, ping: &UserPing| {
-            probe.user == Some(*id) || (ping.any && ping.peer == probe.peer && probe.path.is_direct())
+            probe.purpose == Purpose::User(*id) || (ping.any && ping.peer == node && probe.path.is_direct())
         };
         let answered: Vec<_> =
             self.user_pings.iter().filter(|(id, ping)| served(id, ping)).map(|(id, _)| *id).collect();
         for id in answered {
             self.user_pings.remove(&id);
             self.timers.clear(Timer::UserPing(id));
-            self.events.push_back(Event::PingAnswered { id, peer: probe.peer, path: probe.path, latency });
+            self.events.push_back(Event::PingAnswered { id, peer: node, path: probe.path, latency });
         }
         let Path::Direct { socket, remote } = probe.path else {
-            if let Some(length) = probe.length {
-                self.length_passes(probe.peer, probe.path, length);
+            if let Purpose::Length(length) = probe.purpose {
+                self.length_passes(node, probe.path, length);
             }
             return Ok(());
         };
         let target = Target { socket, remote };
-        if probe.guess {
-            self.guess_answered(probe.peer, target);
+        if probe.purpose == Purpose::Guess {
+            self.guess_answered(node, target);
         }
-        let Some(peer) = self.peers.get_mut(&probe.peer) else { return Ok(()) };
+        let Some(peer) = self.peers.get_mut(&node) else { return Ok(()) };
         let Some(candidate) = peer.candidates.get_mut(&target) else { return Ok(()) };
         candidate.proven = Some(now);
         candidate.tries = 0;
@@ -192,13 +191,13 @@ impl Agent {
             empty => *empty = Some(RoundTrip::first(latency)),
         }
         if peer.best == Some(target) {
-            self.undoubt(probe.peer);
+            self.undoubt(node);
         }
-        if let Some(length) = probe.length {
-            self.length_passes(probe.peer, probe.path, length);
+        if let Purpose::Length(length) = probe.purpose {
+            self.length_passes(node, probe.path, length);
         }
-        self.map(probe.peer, target);
-        self.reselect(probe.peer);
+        self.map(node, target);
+        self.reselect(node);
         Ok(())
     }
 

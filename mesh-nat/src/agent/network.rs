@@ -10,7 +10,6 @@ use mesh_noise::key::NodePublic;
 
 use super::{Agent, Doubt, Mode, Timer, search::Urgency};
 use crate::path::candidate::{Candidate, Target};
-use crate::path::probe::Probe;
 use crate::path::{Family, SocketId};
 
 impl Agent {
@@ -85,9 +84,11 @@ impl Agent {
         } else {
             self.relay.forget();
         }
-        // An answer to an earlier ping says nothing about the network as it is now.
-        self.forget_probes(|_| true);
-        self.peers.values_mut().for_each(|peer| peer.forget_others());
+        for peer in self.peers.values_mut() {
+            // An answer to an earlier ping says nothing about the network as it is now.
+            peer.forget_pings();
+            peer.forget_others();
+        }
         for node in self.peers.keys().copied().collect::<Vec<_>>() {
             self.timers.clear(Timer::Retry(node));
             self.reselect(node);
@@ -103,12 +104,12 @@ impl Agent {
     /// A peer has another disco key, so it has restarted: what was proven was proven about its former self. The direct path
     /// in use is kept, in doubt, for most come back where they were; whatever else is known is tried anew.
     pub(super) fn restarted(&mut self, node: NodePublic) {
-        self.forget_probes(|probe| probe.peer == node);
         self.relay.remove_peer(&node);
         self.drain_relay();
         self.guesses_dropped(&node);
         self.timers.clear(Timer::Retry(node));
         if let Some(peer) = self.peers.get_mut(&node) {
+            peer.forget_pings();
             peer.forget_others();
             // What the former self listed counts no more.
             peer.candidates.values_mut().for_each(|candidate| candidate.called = false);
@@ -118,16 +119,6 @@ impl Agent {
         self.doubt(node);
         if self.matters(&node) {
             self.search(node, Urgency::Event);
-        }
-    }
-
-    /// Forgets pings along direct paths that are under way, but for users' own: their answers would mislead.
-    fn forget_probes(&mut self, which: impl Fn(&Probe) -> bool) {
-        let stale = |probe: &Probe| probe.path.is_direct() && probe.user.is_none() && which(probe);
-        let stale: Vec<_> = self.probes.iter().filter(|(_, probe)| stale(probe)).map(|(tx, _)| *tx).collect();
-        for tx in stale {
-            self.probes.remove(&tx);
-            self.timers.clear(Timer::Probe(tx));
         }
     }
 

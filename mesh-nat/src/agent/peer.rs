@@ -12,7 +12,7 @@ use super::{Counters, Mode, Timing};
 use crate::behaviour::Behaviour;
 use crate::path::candidate::{Candidates, Target, usable};
 use crate::path::mtu::MtuSearch;
-use crate::path::probe::Budget;
+use crate::path::probe::{Budget, Flight, Purpose};
 use crate::path::select::{Incumbent, select};
 use crate::path::{Family, Path, SocketId};
 
@@ -30,8 +30,10 @@ pub(super) struct Peer {
     /// The region it was last heard through.
     pub(super) heard: Option<RegionId>,
     /// What control lists, kept for when the sockets change.
-    pub(super) listed: Vec<SocketAddr>,
+    pub(super) listed: Box<[SocketAddr]>,
     pub(super) candidates: Candidates,
+    /// Pings that wait for their pongs.
+    pub(super) flight: Flight,
     pub(super) best: Option<Target>,
     /// The way through a peer relay, while it is proven.
     pub(super) relayed: Option<Relayed>,
@@ -75,8 +77,9 @@ impl Peer {
             shared: None,
             home: None,
             heard: None,
-            listed: Vec::new(),
+            listed: Box::default(),
             candidates: Candidates::default(),
+            flight: Flight::default(),
             best: None,
             relayed: None,
             published: None,
@@ -139,6 +142,11 @@ impl Peer {
         self.active(now, timing) || within(self.called, now, CALL_ENGAGES)
     }
 
+    /// Forgets pings along direct paths that are under way, but for users' own: their answers would mislead.
+    pub(super) fn forget_pings(&mut self) {
+        self.flight.retain(|probe| !probe.path.is_direct() || matches!(probe.purpose, Purpose::User(_)));
+    }
+
     /// Forgets what trying has shown of all addresses but the one in use.
     pub(super) fn forget_others(&mut self) {
         let best = self.best;
@@ -151,7 +159,7 @@ impl Peer {
         &mut self,
         now: Instant,
         sockets: &[(SocketId, Family)],
-        endpoints: Vec<SocketAddr>,
+        endpoints: Box<[SocketAddr]>,
         counters: &mut Counters,
     ) -> Vec<Target> {
         self.candidates.values_mut().for_each(|candidate| candidate.listed = false);

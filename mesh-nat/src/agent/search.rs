@@ -12,7 +12,7 @@ use crate::disco::message::{CallMeMaybe, Message, PING_LEN, Ping, TxId};
 use crate::disco::seal;
 use crate::path::Path;
 use crate::path::candidate::{Candidate, Target};
-use crate::path::probe::Probe;
+use crate::path::probe::{Probe, Purpose};
 use crate::relay::geneve::{self, Content};
 
 /// The longest ping that a user may ask for, in bytes.
@@ -177,23 +177,37 @@ impl Agent {
         {
             candidate.pinged = Some(now);
         }
-        let mut tx = [0; 12];
-        self.rng.fill_bytes(&mut tx);
-        let tx = TxId(tx);
-        self.probes.insert(tx, Probe { peer: node, path, sent: now, user, length: None, guess: false });
-        self.timers.set(Timer::Probe(tx), now + self.timing.ping_timeout);
-        self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding: padding(size) }));
+        let purpose = user.map_or(Purpose::Proof, Purpose::User);
+        self.launch(node, path, purpose, padding(size));
     }
 
     /// Asks whether a datagram of `length` bytes arrives. No answer says nothing else about the path.
     pub(super) fn send_length_probe(&mut self, node: NodePublic, path: Path, length: usize) {
+        self.launch(node, path, Purpose::Length(length), padding(length));
+    }
+
+    /// Sends a ping along `path` and waits for its pong.
+    pub(super) fn launch(&mut self, node: NodePublic, path: Path, purpose: Purpose, padding: usize) {
         let now = self.now;
+        let Some(peer) = self.peers.get_mut(&node) else { return };
         let mut tx = [0; 12];
         self.rng.fill_bytes(&mut tx);
         let tx = TxId(tx);
-        self.probes.insert(tx, Probe { peer: node, path, sent: now, user: None, length: Some(length), guess: false });
-        self.timers.set(Timer::Probe(tx), now + self.timing.ping_timeout);
-        self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding: padding(length) }));
+        peer.flight.push(Probe { tx, path, sent: now, purpose });
+        self.timers.set_if_absent(Timer::Flight(node), now + self.timing.ping_timeout);
+        self.send(node, path, &Message::Ping(Ping { tx, node: Some(self.node), padding }));
+    }
+
+    /// Gives up pings that have not been answered for too long.
+    pub(super) fn flight_due(&mut self, node: NodePublic) {
+        let (now, patience) = (self.now, self.timing.ping_timeout);
+        let Some(peer) = self.peers.get_mut(&node) else { return };
+        if let Some(latest) = now.checked_sub(patience) {
+            peer.flight.give_up(latest);
+        }
+        if let Some(oldest) = peer.flight.oldest() {
+            self.timers.set(Timer::Flight(node), oldest + patience);
+        }
     }
 
     /// Asks the peer, through its relay, to ping all our addresses.

@@ -98,6 +98,13 @@ struct Record {
     outcome: Option<Outcome>,
 }
 
+impl Record {
+    /// The ordinary search has found the peer before anything was tried, as it does with most.
+    fn says_nothing(&self) -> bool {
+        (self.failures, self.busy, self.not_before, self.outcome) == (0, 0, None, None)
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
     /// A peer's turn may have come.
@@ -321,6 +328,10 @@ impl Guesser {
         }
         if self.active.as_ref().is_some_and(|attempt| attempt.peer == *peer) {
             self.succeed(socket);
+        }
+        if self.records.get(peer).is_some_and(Record::says_nothing) {
+            self.records.remove(peer);
+            self.timers.clear(Timer::Due(*peer));
         }
     }
 

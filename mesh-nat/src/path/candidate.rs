@@ -122,6 +122,8 @@ impl Candidates {
             self.0.remove(victim);
         }
         let at = self.find(&target).unwrap_or_else(|at| {
+            // Few come after the first ones, and room for as many again would be wasted.
+            self.0.reserve_exact(1);
             self.0.insert(at, (target, Candidate::default()));
             at
         });
