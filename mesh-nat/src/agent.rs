@@ -7,7 +7,8 @@
 //!        │ no pong for 6.5 s, or                                        │ pong
 //!        │ four pings unanswered                                        ▼
 //!        │                                                 direct: heartbeat every 3 s while there is
-//!        │                                                         traffic, trusted 6.5 s after each pong
+//!        │                                                         traffic, trusted 6.5 s after each pong;
+//!        │                                                         seldomer in pauses, see `pulse`
 //!        │                                      ping unanswered │        ▲
 //!        │                                                      ▼        │ pong
 //!        └──────────────────────────────────────────────── in doubt: the relay carries a copy of everything
@@ -62,6 +63,7 @@ mod length;
 mod network;
 mod pace;
 mod peer;
+mod pulse;
 mod relay;
 mod search;
 mod status;
@@ -254,6 +256,7 @@ impl Agent {
     /// We have sent data to `peer` lately. Call it at least every few seconds while that is so; more often is harmless.
     pub fn traffic(&mut self, now: Instant, peer: &NodePublic) {
         self.tick(now);
+        self.end_silence(*peer);
         let Some(state) = self.peers.get_mut(peer) else { return };
         if !within(state.sent, now, STEADY) {
             state.flowing = Some(now);
@@ -264,7 +267,7 @@ impl Agent {
         }
         let (searching, probing) = (state.best.is_none(), self.wanted.is_some() && state.udp_path(self.mode).is_some());
         self.relay_traffic(*peer);
-        self.timers.set_if_absent(Timer::Heartbeat(*peer), now + self.timing.heartbeat);
+        self.timers.set_by(Timer::Heartbeat(*peer), now + self.timing.heartbeat);
         self.arm_endpoints();
         if searching {
             self.search(*peer, search::Urgency::Routine);
@@ -404,8 +407,9 @@ impl Agent {
             self.length_of_another_path(node);
         }
         let Some(peer) = self.peers.get_mut(&node) else { return };
+        peer.pulse.follow(best);
         match best.and_then(|target| peer.candidates.get(&target)?.proven) {
-            Some(proven) => self.timers.set(Timer::Trust(node), proven + timing.trust),
+            Some(proven) => self.timers.set(Timer::Trust(node), proven + peer.trust(&timing)),
             None => self.timers.clear(Timer::Trust(node)),
         }
         self.refresh(node);

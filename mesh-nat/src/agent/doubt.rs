@@ -159,8 +159,12 @@ impl Agent {
 
     pub(super) fn ping_best(&mut self, node: NodePublic, best: Target) {
         let (now, least) = (self.now, self.timing.retry);
+        let Some(silence) = self.peers.get(&node).map(|peer| peer.silence(now, best)) else { return };
         self.send_ping(node, best.into(), None, 0);
         let Some(peer) = self.peers.get_mut(&node) else { return };
+        if let (None, Some(silence)) = (peer.doubt.asked, silence) {
+            peer.pulse.asked(silence);
+        }
         peer.doubt.asked.get_or_insert(now);
         let round_trip = peer.candidates.get(&best).and_then(|candidate| candidate.round_trip);
         let patience = round_trip.map_or(least, |round_trip| round_trip.patience().max(least));
@@ -173,6 +177,7 @@ impl Agent {
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let Some(best) = peer.best else { return };
         peer.doubt.misses += 1;
+        peer.pulse.missed(self.now, &self.timing);
         if peer.doubt.misses <= self.timing.retries {
             let first = peer.doubt.misses == 1;
             self.ping_best(node, best);
@@ -199,11 +204,12 @@ impl Agent {
         }
     }
 
-    /// A pong came along the path in use.
-    pub(super) fn undoubt(&mut self, node: NodePublic) {
+    /// A pong came along the path in use. `same` says that neither end's NAT has given the flow another address.
+    pub(super) fn undoubt(&mut self, node: NodePublic, same: bool) {
         self.timers.clear(Timer::Retry(node));
         if let Some(peer) = self.peers.get_mut(&node) {
             peer.doubt.answered();
+            peer.pulse.answered(self.now, same, &self.timing);
         }
     }
 

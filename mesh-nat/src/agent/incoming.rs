@@ -110,6 +110,7 @@ impl Agent {
         let (now, timing) = (self.now, self.timing);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let doubted = peer.best == Some(target) && peer.doubt.since().is_some();
+        let (silence, interval) = (peer.silence(now, target), peer.interval(now, target, &timing));
         let Some(candidate) = peer.candidates.admit(now, target) else {
             self.counters.candidates_refused += 1;
             return;
@@ -117,12 +118,15 @@ impl Agent {
         let fresh = candidate.seen.is_none() && candidate.proven.is_none();
         candidate.seen = Some(now);
         // Slightly less than a heartbeat, so that the end that only receives keeps its trust by the other's pings.
-        let proven = candidate.proven_within(now, timing.heartbeat * 5 / 6);
+        let proven = candidate.proven_within(now, interval * 5 / 6);
         // Two that send heartbeats in step have asked already.
         let asked = candidate.proven_within(now, timing.trust) && within(candidate.pinged, now, ASKED);
         let known = proven || asked;
         if (!known || doubted) && !within(candidate.triggered, now, TRIGGER_INTERVAL) {
             candidate.triggered = Some(now);
+            if let (None, Some(silence)) = (peer.doubt.asked, silence) {
+                peer.pulse.asked(silence);
+            }
             self.probe_within_budget(node, target, Repeat::Yes);
             if fresh && self.peers.get(&node).is_some_and(|peer| peer.best != Some(target)) {
                 // It may have moved, and the address that we know lead nowhere.
@@ -185,13 +189,15 @@ impl Agent {
         let Some(candidate) = peer.candidates.get_mut(&target) else { return Ok(()) };
         candidate.proven = Some(now);
         candidate.tries = 0;
-        candidate.observed = usable(pong.observed);
+        let observed = usable(pong.observed);
+        let same = source.path == probe.path && (candidate.observed.is_none() || candidate.observed == observed);
+        candidate.observed = observed;
         match &mut candidate.round_trip {
             Some(round_trip) => round_trip.update(latency),
             empty => *empty = Some(RoundTrip::first(latency)),
         }
         if peer.best == Some(target) {
-            self.undoubt(node);
+            self.undoubt(node, same);
         }
         if let Purpose::Length(length) = probe.purpose {
             self.length_passes(node, probe.path, length);

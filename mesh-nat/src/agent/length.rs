@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use mesh_noise::key::NodePublic;
 
+use super::peer::within;
 use super::{Agent, Event, Timer};
 use crate::classify::GENEVE_LEN;
 use crate::path::candidate::Target;
@@ -68,8 +69,8 @@ impl Agent {
         let patience = self.patience_of_relay(&node);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let (Some(wanted), Some(path)) = (self.wanted, peer.udp_path(mode)) else { return };
-        if peer.mtu.is_none() && !peer.active(now, &timing) {
-            // The next traffic looks again.
+        if peer.mtu.is_none() && !within(peer.sent, now, timing.mtu_confirm) {
+            // The next traffic looks again. Until then the path may be silent.
             return;
         }
         let (known, patience) = match path {

@@ -88,6 +88,7 @@ impl Agent {
             // An answer to an earlier ping says nothing about the network as it is now.
             peer.forget_pings();
             peer.forget_others();
+            peer.pulse.forget();
         }
         for node in self.peers.keys().copied().collect::<Vec<_>>() {
             self.timers.clear(Timer::Retry(node));

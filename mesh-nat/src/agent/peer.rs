@@ -7,6 +7,7 @@ use mesh_derp::map::RegionId;
 use mesh_noise::key::{DiscoPublic, SharedBox};
 
 use super::doubt::Doubt;
+use super::pulse::Pulse;
 use super::relay::Relayed;
 use super::{Counters, Mode, Timing};
 use crate::behaviour::Behaviour;
@@ -58,6 +59,8 @@ pub(super) struct Peer {
     pub(super) budget: Budget,
     /// How far the direct path in use is doubted.
     pub(super) doubt: Doubt,
+    /// How seldom that path may be pinged.
+    pub(super) pulse: Pulse,
     /// When one direct path last gave way to another.
     pub(super) switched: Option<Instant>,
     /// When what was not answered was last tried again.
@@ -94,6 +97,7 @@ impl Peer {
             called: None,
             budget: Budget::full(now),
             doubt: Doubt::default(),
+            pulse: Pulse::default(),
             switched: None,
             repeated: None,
             call_again: false,
@@ -127,6 +131,7 @@ impl Peer {
     pub(super) fn choose(&self, now: Instant, timing: &Timing) -> Option<Target> {
         let incumbent = self.best.map(|target| Incumbent {
             target,
+            trust: self.trust(timing),
             doubted: self.doubt.since(),
             dwelling: within(self.switched, now, timing.dwell),
         });

@@ -27,6 +27,8 @@ const AGAIN: Duration = Duration::from_millis(250);
 const AGAIN_LATER: Duration = Duration::from_millis(500);
 /// Pings to one address in one search: it and its repetitions.
 const TRIES: u8 = 3;
+/// So much more seldom something better is looked for than a path that carries nothing at the moment.
+const SILENT_UPGRADE: u32 = 10;
 /// Between two searches that repeat pings to addresses long known.
 const REPEAT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -274,16 +276,20 @@ impl Agent {
         if !peer.active(now, &timing) || self.mode == Mode::Relay {
             return;
         }
+        if let Some(later) = peer.not_before(now, &timing) {
+            return self.timers.set(Timer::Heartbeat(node), later);
+        }
         self.timers.set(Timer::Heartbeat(node), now + timing.heartbeat);
         let Some(best) = peer.best else { return self.search(node, Urgency::Routine) };
         let Some(candidate) = peer.candidates.get(&best) else { return };
         let slow = candidate.round_trip.is_some_and(|round_trip| round_trip.smoothed() > timing.good_enough);
-        let searched = peer.searched;
+        let (searched, silent) = (peer.searched, peer.interval(now, best, &timing) > timing.heartbeat);
         // A triggered check may have pinged it just now.
         if !within(candidate.pinged, now, timing.heartbeat / 2) {
             self.check_best(node);
         }
-        if slow && !within(searched, now, timing.upgrade) {
+        let pause = if silent { timing.upgrade * SILENT_UPGRADE } else { timing.upgrade };
+        if slow && !within(searched, now, pause) {
             self.search(node, Urgency::Routine);
         }
     }

@@ -9,15 +9,20 @@ use super::score::Quality;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Incumbent {
     pub(crate) target: Target,
+    /// How long a pong proves it.
+    pub(crate) trust: Duration,
     /// Since when it has left pings unanswered.
     pub(crate) doubted: Option<Instant>,
     /// Whether it has only just replaced another one.
     pub(crate) dwelling: bool,
 }
 
-/// The target to use now, given the one in use. `None` when nothing has been proven within `trust`.
+/// The target to use now, given the one in use. `None` when nothing has been proven within `trust`, or within its own the
+/// one in use.
 pub(crate) fn select(now: Instant, trust: Duration, set: &Candidates, incumbent: Option<Incumbent>) -> Option<Target> {
     let quality = |target: &Target, candidate: &Candidate| {
+        let used = incumbent.filter(|incumbent| incumbent.target == *target);
+        let trust = used.map_or(trust, |incumbent| incumbent.trust);
         let round_trip = candidate.round_trip.filter(|_| candidate.proven_within(now, trust))?;
         Some(Quality { remote: target.remote, latency: round_trip.smoothed() })
     };
@@ -49,7 +54,7 @@ mod tests {
     const TRUST: Duration = Duration::from_secs(6);
 
     fn at(port: u16) -> Option<Incumbent> {
-        Some(Incumbent { target: target(port), doubted: None, dwelling: false })
+        Some(Incumbent { target: target(port), trust: TRUST, doubted: None, dwelling: false })
     }
 
     fn target(port: u16) -> Target {
@@ -86,6 +91,18 @@ mod tests {
         prove(&mut set, now + TRUST / 2, 3, 500);
         assert_eq!(select(now + TRUST, TRUST, &set, at(2)), Some(target(3)));
         assert_eq!(select(now + TRUST * 2, TRUST, &set, at(3)), None);
+    }
+
+    #[test]
+    fn the_path_in_use_may_be_trusted_for_longer_than_others() {
+        #[expect(clippy::disallowed_methods, reason = "tests start from any instant")]
+        let now = Instant::now();
+        let mut set = Candidates::default();
+        prove(&mut set, now, 2, 100);
+        prove(&mut set, now, 3, 10);
+        let silent = Incumbent { trust: TRUST * 3, ..at(2).unwrap() };
+        assert_eq!(select(now + TRUST, TRUST, &set, Some(silent)), Some(target(2)), "the other one is proven no more");
+        assert_eq!(select(now + TRUST * 3, TRUST, &set, Some(silent)), None);
     }
 
     #[test]

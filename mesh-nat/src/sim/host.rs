@@ -218,7 +218,7 @@ impl World {
                 disco: self.disco(other).public(),
                 home: Some(self.node(other).home),
                 endpoints,
-                ours: self.node(other).ours,
+                ours: self.node(other).ours && self.node(this).ours,
                 ..PeerConfig::default()
             };
             self.with(this, |agent, now| agent.set_peer(now, config));
@@ -246,8 +246,8 @@ impl World {
         list
     }
 
-    /// Makes the node one of another kind in the eyes of others, and of itself: it understands the protocol's own messages
-    /// and opens no further sockets. To be called before it is introduced.
+    /// Makes the node one of another kind in the eyes of others, and others in its own: it understands the protocol's own
+    /// messages and opens no further sockets. To be called before it is introduced.
     pub fn make_stock(&mut self, host: HostId) {
         self.node_mut(host).ours = false;
         self.with(host, |agent, now| agent.set_guessing(now, false));
