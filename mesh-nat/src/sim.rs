@@ -38,13 +38,16 @@ mod gateway;
 mod host;
 mod link;
 mod nat;
+mod node;
 mod oracle;
+mod outside;
 mod packet;
 mod peer_relay;
 mod program;
 mod relay;
 mod route;
 pub mod scenario;
+mod sockets;
 mod stream;
 mod world;
 

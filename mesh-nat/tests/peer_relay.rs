@@ -12,20 +12,24 @@ const SECOND: Duration = Duration::from_secs(1);
 /// The longest datagram that such a tunnel sends, in bytes.
 const TUNNEL_OF_1280: usize = 1312;
 
-/// Two nodes whose NATs never let them meet, and a third that both reach.
-fn hopeless(seed: u64) -> (World, [HostId; 3]) {
+/// Two nodes behind such NATs, if any, and an open third that relays for them. All know each other.
+fn three(seed: u64, nat: Option<NatConfig>) -> (World, [HostId; 3]) {
     let mut world = World::seeded(seed);
-    let hosts = [world.node_behind(NatConfig::hard()), world.node_behind(NatConfig::hard()), open(&mut world)];
+    let hosts = [nat, nat, None].map(|nat| match nat {
+        Some(nat) => world.node_behind(nat),
+        None => world.node_in(world.internet()),
+    });
     let [a, b, relay] = hosts;
-    world.introduce(a, b);
-    world.introduce(a, relay);
-    world.introduce(b, relay);
+    for (this, other) in [(a, b), (a, relay), (b, relay)] {
+        world.introduce(this, other);
+    }
+    world.relay_for(relay, &[a, b]);
     (world, hosts)
 }
 
-fn open(world: &mut World) -> HostId {
-    let internet = world.internet();
-    world.node_in(internet)
+/// The same with two whose NATs never let them meet.
+fn hopeless(seed: u64) -> (World, [HostId; 3]) {
+    three(seed, Some(NatConfig::hard()))
 }
 
 fn by_peer_relay(world: &World, from: HostId, to: HostId) -> bool {
@@ -39,7 +43,6 @@ fn both(world: &World, a: HostId, b: HostId) -> bool {
 #[test]
 fn two_that_cannot_meet_meet_at_a_third() {
     let (mut world, [a, b, relay]) = hopeless(1);
-    world.relay_for(relay, &[a, b]);
     let streams = [world.send_data(a, b, MS * 20), world.send_data(b, a, MS * 20)];
     let took = world.run_until(SECOND * 5, |world| both(world, a, b)).expect("a path through the third");
     assert!(took <= MS * 900, "{took:?}");
@@ -54,12 +57,7 @@ fn two_that_cannot_meet_meet_at_a_third() {
 
 #[test]
 fn udp_blocked_between_the_two_goes_through_a_third() {
-    let mut world = World::seeded(2);
-    let (a, b, relay) = (open(&mut world), open(&mut world), open(&mut world));
-    for (this, other) in [(a, b), (a, relay), (b, relay)] {
-        world.introduce(this, other);
-    }
-    world.relay_for(relay, &[a, b]);
+    let (mut world, [a, b, _]) = three(2, None);
     world.cut(a, b, true);
     world.send_data(a, b, MS * 20);
     let took = world.run_until(SECOND * 5, |world| both(world, a, b));
@@ -68,13 +66,7 @@ fn udp_blocked_between_the_two_goes_through_a_third() {
 
 #[test]
 fn a_direct_path_is_preferred_and_nothing_is_allocated_for_it() {
-    let mut world = World::seeded(3);
-    let (a, b) = (world.node_behind(NatConfig::easy()), world.node_behind(NatConfig::easy()));
-    let relay = open(&mut world);
-    for (this, other) in [(a, b), (a, relay), (b, relay)] {
-        world.introduce(this, other);
-    }
-    world.relay_for(relay, &[a, b]);
+    let (mut world, [a, b, relay]) = three(3, Some(NatConfig::easy()));
     world.send_data(a, b, MS * 50);
     world.send_data(b, a, MS * 50);
     world.run_for(SECOND * 60);
@@ -84,12 +76,7 @@ fn a_direct_path_is_preferred_and_nothing_is_allocated_for_it() {
 
 #[test]
 fn a_direct_path_that_appears_replaces_the_relay_and_one_that_goes_falls_back_to_it() {
-    let mut world = World::seeded(4);
-    let (a, b, relay) = (open(&mut world), open(&mut world), open(&mut world));
-    for (this, other) in [(a, b), (a, relay), (b, relay)] {
-        world.introduce(this, other);
-    }
-    world.relay_for(relay, &[a, b]);
+    let (mut world, [a, b, _]) = three(4, None);
     world.cut(a, b, true);
     world.send_data(a, b, MS * 20);
     world.send_data(b, a, MS * 20);
@@ -106,7 +93,6 @@ fn a_direct_path_that_appears_replaces_the_relay_and_one_that_goes_falls_back_to
 #[test]
 fn when_the_third_goes_away_the_region_takes_over_and_when_it_is_back_so_is_the_path() {
     let (mut world, [a, b, relay]) = hopeless(5);
-    world.relay_for(relay, &[a, b]);
     world.send_data(a, b, MS * 20);
     world.send_data(b, a, MS * 20);
     world.run_until(SECOND * 5, |world| both(world, a, b)).expect("the relay");
@@ -202,7 +188,6 @@ fn long_datagrams_go_through_the_third_once_a_ping_as_long_has_been_answered() {
 fn whoever_is_not_allowed_gets_no_allocation() {
     let (mut world, [a, b, relay]) = hopeless(6);
     // The clients believe that they may; the server knows of nobody.
-    world.relay_for(relay, &[a, b]);
     world.with(relay, |agent, _| agent.set_relays(mesh_nat::agent::Relays::default()));
     world.send_data(a, b, MS * 50);
     world.run_for(SECOND * 20);
@@ -212,8 +197,7 @@ fn whoever_is_not_allowed_gets_no_allocation() {
 
 #[test]
 fn binding_messages_are_taken_behind_their_header_only() {
-    let (mut world, [a, b, relay]) = hopeless(7);
-    world.relay_for(relay, &[a, b]);
+    let (mut world, [a, b, _]) = hopeless(7);
     world.keep_transcript();
     world.send_data(a, b, MS * 50);
     world.run_until(SECOND * 5, |world| both(world, a, b)).expect("the relay");

@@ -1,36 +1,22 @@
-//! A host: its addresses and sockets, the node's agent on it, and what it does with datagrams.
+//! A host: its addresses, where it is, and what it does with datagrams and when it is to be woken.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use mesh_derp::map::RegionId;
-use mesh_noise::key::{DiscoPrivate, NodePrivate, NodePublic};
-use rand::RngExt;
-
-use super::gateway::GatewayConfig;
 use super::link::Link;
+use super::node::Node;
 use super::packet::{Happening, Packet, Record};
 use super::program::{Program, RequestId};
 use super::route::{NetworkId, Owner};
+use super::sockets::Sockets;
 use super::world::World;
-use crate::agent::{Agent, Event, PeerConfig, Reject, Source};
-use crate::behaviour::{Allocation, Behaviour, Filtering, Mapping, PortRange};
+use crate::agent::Source;
 use crate::classify::{Class, GENEVE_LEN, classify};
-use crate::hard::Extra;
-use crate::path::{Family, Path, SocketId};
-use crate::stun::message::{Response, TransactionId, request};
+use crate::path::{Family, SocketId};
 
 /// Names one host of a world.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HostId(pub(super) usize);
-
-/// How long a node waits for a STUN server.
-const STUN_PATIENCE: Duration = Duration::from_secs(1);
-/// The port that nodes' first sockets have.
-const NODE_PORT: u16 = 41641;
-/// The first port of those that are given to sockets that ask for none.
-const FIRST_EPHEMERAL: u16 = 49_152;
 
 /// What a host has sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,66 +27,6 @@ pub struct Sent {
     pub relay: u64,
     /// Requests to STUN servers by the node.
     pub stun: u64,
-}
-
-/// The open sockets of a host.
-#[derive(Debug, Default)]
-pub(super) struct Sockets {
-    open: BTreeMap<SocketId, (Family, u16)>,
-    by_port: BTreeMap<(Family, u16), SocketId>,
-    next: u16,
-    next_port: u16,
-}
-
-impl Sockets {
-    pub(super) fn open(&mut self, family: Family, port: u16) -> SocketId {
-        let mut port = port;
-        while port == 0 || self.by_port.contains_key(&(family, port)) {
-            port = FIRST_EPHEMERAL + self.next_port;
-            self.next_port = (self.next_port + 1) % (u16::MAX - FIRST_EPHEMERAL);
-        }
-        let id = SocketId(self.next);
-        self.next = self.next.wrapping_add(1);
-        self.open.insert(id, (family, port));
-        self.by_port.insert((family, port), id);
-        id
-    }
-
-    pub(super) fn close(&mut self, id: SocketId) {
-        if let Some(held) = self.open.remove(&id) {
-            self.by_port.remove(&held);
-        }
-    }
-
-    pub(super) fn port(&self, id: SocketId) -> Option<u16> {
-        self.open.get(&id).map(|(_, port)| *port)
-    }
-}
-
-/// The mesh node on a host.
-pub(super) struct Node {
-    pub(super) key: NodePublic,
-    pub(super) disco: DiscoPrivate,
-    pub(super) agent: Agent,
-    pub(super) home: RegionId,
-    pub(super) events: Vec<(Duration, Event)>,
-    pub(super) rejects: Vec<Reject>,
-    /// The agent's sockets.
-    pub(super) sockets: Vec<(SocketId, Family)>,
-    /// When data was first sent that nothing has answered since, by peer.
-    pub(super) unanswered: BTreeMap<HostId, Instant>,
-    /// What STUN servers see of each socket.
-    reflexive: BTreeMap<SocketId, SocketAddr>,
-    /// Addresses that it was told of: static ones, port mappings.
-    pub(super) extra: Vec<SocketAddr>,
-    asked: BTreeMap<TransactionId, SocketId>,
-    stun_until: Option<Instant>,
-    /// What it relays for others.
-    pub(super) serving: Option<super::peer_relay::Serving>,
-    /// Whether others know it for one of our own kind.
-    ours: bool,
-    /// The most sockets that were open at a time.
-    most_sockets: usize,
 }
 
 pub(super) struct Host {
@@ -161,176 +87,6 @@ impl World {
         for (_, address) in std::mem::take(&mut self.hosts[host.0].addresses) {
             self.withdraw(address, host);
         }
-    }
-
-    /// Adds a node with an IPv4 socket, and one for IPv6 where the network has that. Its endpoints are known from the
-    /// start, and its connection to its home relay is open.
-    pub fn node_in(&mut self, network: NetworkId) -> HostId {
-        let ipv6 = self.gateway_of(network).is_some_and(|gateway| self.gateway_config(gateway).ipv6);
-        let families: &[Family] = if ipv6 { &[Family::V4, Family::V6] } else { &[Family::V4] };
-        let host = self.add_host(network, families);
-        self.start_node(host, families);
-        host
-    }
-
-    /// Adds a node in a network of its own behind a gateway to the internet.
-    pub fn node_behind(&mut self, gateway: impl Into<GatewayConfig>) -> HostId {
-        let network = self.network_behind(self.internet(), gateway);
-        self.node_in(network)
-    }
-
-    /// Puts a node on a host, with one socket for each family.
-    pub fn start_node(&mut self, host: HostId, families: &[Family]) {
-        let key = NodePrivate::generate(&mut self.rng).public();
-        let disco = DiscoPrivate::generate(&mut self.rng);
-        let mut agent = Agent::new(self.now, disco.clone(), key, self.rng.random());
-        let place = &mut self.hosts[host.0];
-        let sockets: Vec<_> = families.iter().map(|family| (place.sockets.open(*family, NODE_PORT), *family)).collect();
-        agent.set_sockets(sockets.clone());
-        place.node = Some(Node {
-            key,
-            disco,
-            agent,
-            home: self.home,
-            events: Vec::new(),
-            rejects: Vec::new(),
-            sockets,
-            unanswered: BTreeMap::new(),
-            reflexive: BTreeMap::new(),
-            extra: Vec::new(),
-            asked: BTreeMap::new(),
-            stun_until: None,
-            serving: None,
-            ours: true,
-            most_sockets: 0,
-        });
-        self.by_key.insert(key, host);
-        self.learn_endpoints(host);
-        self.settle(host);
-    }
-
-    /// Lets each know the other, as control would: keys, home, and the endpoints known at this time.
-    pub fn introduce(&mut self, a: HostId, b: HostId) {
-        for (this, other) in [(a, b), (b, a)] {
-            let endpoints = self.endpoints(other);
-            let config = PeerConfig {
-                node: self.key(other),
-                disco: self.disco(other).public(),
-                home: Some(self.node(other).home),
-                endpoints,
-                ours: self.node(other).ours && self.node(this).ours,
-                ..PeerConfig::default()
-            };
-            self.with(this, |agent, now| agent.set_peer(now, config));
-        }
-    }
-
-    /// The node's own addresses as it knows them: what STUN servers saw, what it was told, what its host has.
-    #[must_use]
-    pub fn endpoints(&self, host: HostId) -> Vec<SocketAddr> {
-        let (place, node) = (&self.hosts[host.0], self.node(host));
-        let mut list = node.extra.clone();
-        list.extend(node.sockets.iter().filter_map(|(socket, _)| node.reflexive.get(socket)));
-        for (socket, family) in &node.sockets {
-            let Some(port) = place.sockets.port(*socket) else { continue };
-            let own = place.addresses.iter().map(|(_, address)| SocketAddr::new(*address, port));
-            list.extend(own.filter(|address| Family::of(address) == *family));
-        }
-        let mut seen = Vec::new();
-        list.retain(|address| {
-            !seen.contains(address) && {
-                seen.push(*address);
-                true
-            }
-        });
-        list
-    }
-
-    /// Makes the node one of another kind in the eyes of others, and others in its own: it understands the protocol's own
-    /// messages and opens no further sockets. To be called before it is introduced.
-    pub fn make_stock(&mut self, host: HostId) {
-        self.node_mut(host).ours = false;
-        self.with(host, |agent, now| agent.set_guessing(now, false));
-    }
-
-    /// The most sockets that the host has had open at a time, those of its own node included.
-    #[must_use]
-    pub fn most_sockets(&self, host: HostId) -> usize {
-        self.node(host).most_sockets
-    }
-
-    /// Tells a node further addresses of its own, such as a port mapping's, in place of those told before.
-    pub fn set_extra_endpoints(&mut self, host: HostId, extra: Vec<SocketAddr>) {
-        self.node_mut(host).extra = extra;
-        self.tell_endpoints(host);
-        self.settle(host);
-    }
-
-    /// The node's key.
-    #[must_use]
-    pub fn key(&self, host: HostId) -> NodePublic {
-        self.node(host).key
-    }
-
-    /// The node's disco key.
-    #[must_use]
-    pub fn disco(&self, host: HostId) -> &DiscoPrivate {
-        &self.node(host).disco
-    }
-
-    /// The node's agent.
-    #[must_use]
-    pub fn agent(&self, host: HostId) -> &Agent {
-        &self.node(host).agent
-    }
-
-    /// Calls the node's agent, then carries away what it has to say.
-    pub fn with<T>(&mut self, host: HostId, call: impl FnOnce(&mut Agent, Instant) -> T) -> T {
-        let now = self.now;
-        let result = call(&mut self.node_mut(host).agent, now);
-        self.settle(host);
-        result
-    }
-
-    /// Hands the node's agent bytes out of nowhere.
-    ///
-    /// # Errors
-    /// Those of [`Agent::handle_datagram`].
-    pub fn inject(&mut self, host: HostId, source: Source, datagram: &[u8]) -> Result<(), Reject> {
-        self.with(host, |agent, now| agent.handle_datagram(now, source, datagram))
-    }
-
-    /// Where data from one node to another goes.
-    #[must_use]
-    pub fn path(&self, from: HostId, to: HostId) -> Option<Path> {
-        self.agent(from).path(&self.key(to))
-    }
-
-    /// Whether data from one node to another goes directly.
-    #[must_use]
-    pub fn is_direct(&self, from: HostId, to: HostId) -> bool {
-        self.path(from, to).is_some_and(|path| path.is_direct())
-    }
-
-    /// When the host `to` last received a datagram that `from` had sent along `path`, whatever NATs made of its addresses.
-    #[must_use]
-    pub fn reached(&self, from: HostId, to: HostId, path: Path) -> Option<Instant> {
-        match path {
-            Path::Direct { socket, remote } => self.reached.get(&(from, to, (socket, remote))).copied(),
-            Path::PeerRelay { .. } | Path::Relay { .. } => None,
-        }
-    }
-
-    /// What the node's agent has told, and when since the world began.
-    #[must_use]
-    pub fn events(&self, host: HostId) -> &[(Duration, Event)] {
-        &self.node(host).events
-    }
-
-    /// What the node's agent has refused.
-    #[must_use]
-    pub fn rejects(&self, host: HostId) -> &[Reject] {
-        &self.node(host).rejects
     }
 
     /// What a host has sent so far.
@@ -415,23 +171,6 @@ impl World {
         self.link_changed(host);
     }
 
-    /// The node looks at its addresses anew, as after any change of links. What STUN servers saw counts until they are
-    /// asked again.
-    pub fn link_changed(&mut self, host: HostId) {
-        if self.hosts[host.0].node.is_some() {
-            self.tell_endpoints(host);
-            self.with(host, Agent::rebind);
-        }
-    }
-
-    pub(super) fn node(&self, host: HostId) -> &Node {
-        self.hosts[host.0].node.as_ref().expect("the host was started as a node")
-    }
-
-    pub(super) fn node_mut(&mut self, host: HostId) -> &mut Node {
-        self.hosts[host.0].node.as_mut().expect("the host was started as a node")
-    }
-
     pub(super) fn gateway_address(&self, host: HostId) -> Option<IpAddr> {
         let gateway = self.gateway_above(host)?;
         Some(self.gateways[gateway.0].inside)
@@ -495,84 +234,6 @@ impl World {
         self.settle(host);
     }
 
-    pub(super) fn agent_receives(&mut self, host: HostId, source: Source, datagram: &[u8]) {
-        let now = self.now;
-        let Some(node) = &mut self.hosts[host.0].node else { return };
-        if let Err(reject) = node.agent.handle_datagram(now, source, datagram) {
-            node.rejects.push(reject);
-        }
-    }
-
-    /// Asks the nearest STUN server of each family from the node's first socket of it.
-    fn ask_stun(&mut self, host: HostId) {
-        self.node_mut(host).stun_until = Some(self.now + STUN_PATIENCE);
-        for (socket, family) in self.node(host).sockets.clone() {
-            let server = self.stun_servers.iter().find(|server| Family::of(server) == family).copied();
-            let first = self.node(host).sockets.iter().find(|(_, other)| *other == family).map(|(socket, _)| *socket);
-            if let (Some(server), true) = (server, first == Some(socket)) {
-                let tx = TransactionId::generate(&mut self.rng);
-                self.node_mut(host).asked.insert(tx, socket);
-                self.hosts[host.0].sent.stun += 1;
-                self.emit(host, socket, server, request(tx));
-            }
-        }
-    }
-
-    fn stun_answers(&mut self, host: HostId, socket: SocketId, datagram: &[u8]) -> bool {
-        let now = self.now;
-        if self.agent(host).is_extra(socket) {
-            return self.node_mut(host).agent.handle_stun(now, datagram).is_ok();
-        }
-        let Ok(response) = Response::decode(datagram) else { return false };
-        let node = self.node_mut(host);
-        let Some(socket) = node.asked.remove(&response.tx) else { return false };
-        node.reflexive.insert(socket, response.mapped);
-        if node.asked.is_empty() {
-            node.stun_until = None;
-        }
-        self.tell_endpoints(host);
-        true
-    }
-
-    fn tell_endpoints(&mut self, host: HostId) {
-        let (endpoints, now) = (self.endpoints(host), self.now);
-        self.node_mut(host).agent.set_endpoints(now, endpoints);
-        self.tell_behaviour(host);
-    }
-
-    /// What a measurement of the network would tell about the NATs above.
-    fn tell_behaviour(&mut self, host: HostId) {
-        let above = self.network_of(host).map(|network| self.gateways_above(network)).unwrap_or_default();
-        let behaviour = behaviour(above.iter().map(|gateway| self.gateway_config(*gateway)));
-        let (servers, now) = (self.stun_servers.clone(), self.now);
-        let node = self.node_mut(host);
-        let v4 = node.sockets.iter().find(|(_, family)| *family == Family::V4);
-        let outside = v4.and_then(|(socket, _)| node.reflexive.get(socket)).copied();
-        node.agent.set_behaviour(behaviour);
-        node.agent.set_outside(now, outside, &servers);
-    }
-
-    /// What the STUN servers would say, without asking: a node that has been running for a while knows.
-    pub(super) fn learn_endpoints(&mut self, host: HostId) {
-        for (socket, family) in self.node(host).sockets.clone() {
-            let place = &self.hosts[host.0];
-            let address = place.addresses.iter().find(|(_, address)| address.is_ipv4() == (family == Family::V4));
-            let server = self.stun_servers.iter().find(|server| Family::of(server) == family).copied();
-            let (Some((network, address)), Some(port), Some(server)) =
-                (address.copied(), place.sockets.port(socket), server)
-            else {
-                continue;
-            };
-            if place.udp_blocked {
-                continue;
-            }
-            if let Some(seen) = self.reflect(network, SocketAddr::new(address, port), server) {
-                self.node_mut(host).reflexive.insert(socket, seen);
-            }
-        }
-        self.tell_endpoints(host);
-    }
-
     /// A program's request over a stream.
     pub(super) fn request(&mut self, host: HostId, id: RequestId, to: SocketAddr, request: &[u8]) {
         let gateway = self.gateway_above(host).filter(|id| self.gateways[id.0].inside == to.ip());
@@ -616,42 +277,6 @@ impl World {
         }
     }
 
-    #[expect(clippy::wildcard_enum_match_arm, reason = "the others are for the engine that an agent has elsewhere")]
-    fn carry_out(&mut self, host: HostId, event: Event) {
-        match event {
-            Event::NeedEndpoints => self.ask_stun(host),
-            Event::OpenSockets { family, count } => {
-                let mut opened = Vec::new();
-                for _ in 0..count {
-                    let id = self.open_socket(host, family, 0);
-                    let port = self.hosts[host.0].sockets.port(id).unwrap_or_default();
-                    opened.push(Extra { id, port });
-                }
-                let (now, open) = (self.now, self.hosts[host.0].sockets.open.len());
-                let node = self.node_mut(host);
-                node.most_sockets = node.most_sockets.max(open);
-                node.agent.sockets_opened(now, opened);
-            }
-            Event::CloseSocket { socket } => self.close_socket(host, socket),
-            Event::AllocationAsked { from, clients, generation } => self.allocate(host, from, clients, generation),
-            _ => {}
-        }
-    }
-
-    fn send(&mut self, host: HostId, transmit: crate::agent::Transmit) {
-        match transmit.path {
-            Path::Direct { socket, remote } => {
-                self.hosts[host.0].sent.udp += 1;
-                self.emit(host, socket, remote, transmit.datagram);
-            }
-            Path::Relay { region } => {
-                self.hosts[host.0].sent.relay += 1;
-                self.send_frame(host, region, transmit.peer, transmit.datagram);
-            }
-            Path::PeerRelay { .. } => {}
-        }
-    }
-
     /// A host was to be woken now.
     pub(super) fn wakes(&mut self, host: HostId, at: Instant) {
         if self.hosts[host.0].wake_at != Some(at) {
@@ -683,27 +308,6 @@ impl World {
         let next = self.hosts[host.0].next();
         assert!(next.is_none_or(|next| next > now), "a deadline of host {} stays due after it was handled", host.0);
     }
-}
-
-/// What NATs and firewalls in a row look like from inside.
-fn behaviour<'a>(above: impl Iterator<Item = &'a GatewayConfig>) -> Behaviour {
-    let mut seen = Behaviour {
-        mapping: Some(Mapping::EndpointIndependent),
-        filtering: Some(Filtering::EndpointIndependent),
-        ..Behaviour::default()
-    };
-    for gateway in above {
-        seen.filtering = seen.filtering.max(gateway.nat.map(|nat| nat.filtering).or(gateway.firewall));
-        let Some(nat) = gateway.nat else { continue };
-        // One port towards everyone, whatever the rule is called.
-        let keeps = nat.allocation == Allocation::Preserving && nat.overload;
-        if !keeps {
-            seen.mapping = seen.mapping.max(Some(nat.mapping));
-        }
-        seen.allocation = Some(nat.allocation);
-        seen.ports = (nat.allocation != Allocation::Block && nat.ports != PortRange::ALL).then_some(nat.ports);
-    }
-    seen
 }
 
 impl Host {

@@ -7,7 +7,8 @@ use std::time::Instant;
 use mesh_noise::key::NodePublic;
 use rand::rngs::StdRng;
 
-use super::host::{HostId, Sockets};
+use super::host::HostId;
+use super::sockets::Sockets;
 use super::world::World;
 use crate::path::{Family, SocketId};
 use crate::stun::Responder;
