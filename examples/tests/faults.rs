@@ -12,7 +12,7 @@
 
 mod lab;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab::eventually;
 use lab::mesh::Node;
@@ -86,4 +86,48 @@ fn a_network_without_ipv4_is_enough() {
         node.mesh("set --path relay");
     }
     nodes[0].wait_path(&to, "relay");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_default_route_that_moves_to_another_router_loses_nothing() {
+    let net = Net::new("route", Families::V4, &[]);
+    // Both addresses are there from the beginning; only the way out changes.
+    net.router.sh(&format!("ip link add ours2 type veth peer name eth1 netns {}", net.ours.ns()));
+    net.router.sh("ip addr add 198.51.101.1/24 dev ours2; ip link set ours2 up");
+    net.ours.sh("ip addr add 198.51.101.2/24 dev eth1; ip link set eth1 up");
+    let ([node, _theirs], to) = two_nodes(&net);
+    let text = net.ours.sh(&format!(
+        "(sleep 1; ip route replace default via 198.51.101.1) & ping -n -i 0.02 -c 200 -W 1 {to} || true; wait"
+    ));
+    let received = text.split(", ").find_map(|part| part.strip_suffix(" received")).expect("ping's count");
+    println!("{received} of 200 packets while the default route moved");
+    assert!(received.parse::<u32>().unwrap() >= 199, "{text}");
+    let log = std::fs::read_to_string(net.ours.dir().join("daemon.log")).unwrap();
+    assert!(log.contains("default route has changed"), "the node has not noticed");
+    node.wait_path(&to, "direct");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_netcheck_takes_a_second_and_a_half_at_most_and_one_where_udp_is_blocked() {
+    let net = Net::new("check", Families::V4, &[]);
+    let node = net.our_node();
+    let netcheck = || {
+        let began = Instant::now();
+        let report: Value = serde_json::from_str(&node.mesh("netcheck --json")).unwrap();
+        (began.elapsed(), report)
+    };
+    let (took, report) = netcheck();
+    println!("netcheck: {took:?}");
+    assert!(took < Duration::from_millis(1500), "{took:?}");
+    assert_eq!((&report["udp"], &report["behind_nat"]), (&Value::Bool(true), &Value::Bool(false)), "{report}");
+    assert!(report["global_v4"].as_str().is_some_and(|address| address.starts_with("198.51.100.2:")), "{report}");
+
+    net.router.sh("nft add rule inet lab forward ip saddr 198.51.100.0/24 meta l4proto udp drop");
+    let (took, report) = netcheck();
+    println!("netcheck without UDP: {took:?}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert_eq!(report["udp"], Value::Bool(false), "{report}");
+    assert!(report["preferred_region"].is_u64(), "the relay is reached without UDP: {report}");
 }
