@@ -137,6 +137,8 @@ struct Lease {
     protocol: Protocol,
     internal_port: u16,
     external: SocketAddr,
+    /// When it was given, or last found to be gone and asked for again.
+    given: Instant,
     /// `None`: it lives until it is deleted.
     expires: Option<Instant>,
     /// For UPnP: who can delete it.
@@ -289,9 +291,12 @@ impl Mapper {
             return;
         }
         self.reflexive = address;
-        let parted = self.lease.as_ref().is_some_and(|lease| Some(lease.external.ip()) != address);
-        if parted && address.is_some() {
-            self.check(now);
+        let parted = |lease: &&Lease| address.is_some_and(|address| address != lease.external.ip());
+        match self.lease.as_ref().filter(parted).map(|lease| lease.protocol) {
+            Some(Protocol::Pcp | Protocol::NatPmp) => self.check(now),
+            // It has no question as small as that.
+            Some(Protocol::Upnp) => self.renew(now),
+            None => {}
         }
         self.settle();
     }
@@ -406,6 +411,7 @@ impl Mapper {
             protocol: grant.protocol,
             internal_port,
             external: grant.external,
+            given: now,
             expires,
             service: grant.service,
         });
@@ -468,10 +474,13 @@ impl Mapper {
         self.wait = (self.wait * 2).min(RETRY_LAST);
     }
 
-    /// The gateway has forgotten what it had for this protocol.
-    fn state_lost(&mut self, now: Instant, protocol: Protocol) {
-        let holds = self.lease.as_ref().is_some_and(|lease| lease.protocol == protocol);
-        if holds && self.ask.is_none() {
+    /// The gateway has forgotten the mapping.
+    fn state_lost(&mut self, now: Instant) {
+        let Some(lease) = &mut self.lease else { return };
+        // A gateway whose epoch stands still does not make us ask all the time.
+        lease.given = now;
+        let protocol = lease.protocol;
+        if self.ask.is_none() {
             self.start_ask(now, protocol);
         }
     }

@@ -5,6 +5,9 @@
 
 use std::time::{Duration, Instant};
 
+/// What seconds that are counted whole, and their way here, may take away (RFC 6887 §8.5).
+const SLACK: Duration = Duration::from_secs(2);
+
 /// What was heard last.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Epoch {
@@ -21,9 +24,18 @@ impl Epoch {
         }
         let ours = now.saturating_duration_since(then);
         let theirs = Duration::from_secs(u64::from(server.saturating_sub(before)));
-        let slack = Duration::from_secs(2);
-        ours + slack >= theirs - theirs / 16 && theirs + slack >= ours - ours / 16
+        lasts(ours, theirs) && lasts(theirs, ours)
     }
+}
+
+/// Whether a server that has had its state for `server` seconds had it at `then`: what it gave then, it still has.
+pub(super) fn reaches_back(now: Instant, server: u32, then: Instant) -> bool {
+    lasts(Duration::from_secs(server.into()), now.saturating_duration_since(then))
+}
+
+/// Whether `one` clock has counted as much as the `other`, which may be a sixteenth faster.
+fn lasts(one: Duration, other: Duration) -> bool {
+    one + SLACK >= other - other / 16
 }
 
 #[cfg(test)]
@@ -52,5 +64,14 @@ mod tests {
         // Restarted, and running for longer than it had before: too slow by our clock.
         assert!(!epoch.observe(start + Duration::from_secs(1006), 100));
         assert!(!epoch.observe(start + Duration::from_secs(1007), 5000));
+    }
+
+    #[test]
+    fn state_that_is_younger_than_what_was_given_does_not_hold_it() {
+        let (start, given) = (start(), |seconds| Duration::from_secs(seconds));
+        assert!(reaches_back(start + given(5), 9, start));
+        assert!(reaches_back(start + given(3600), 3400, start), "a slow clock");
+        assert!(!reaches_back(start + given(5), 0, start));
+        assert!(!reaches_back(start + given(3600), 3000, start));
     }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::ask::nat_pmp_refusal;
-use super::{Mapper, Network, Protocol, Reject, Standing, Timer};
+use super::{Mapper, Network, Protocol, Reject, Standing, Timer, epoch};
 use crate::portmap::pcp::{self, Body, ResultCode};
 use crate::portmap::status::Refusal;
 use crate::portmap::{nat_pmp, ssdp};
@@ -151,7 +151,7 @@ impl Mapper {
         response: &pcp::Response,
         from_gateway: bool,
     ) -> Result<(), Reject> {
-        let kept = !from_gateway || self.epochs[Protocol::Pcp as usize].observe(now, response.epoch);
+        let kept = !from_gateway || self.has_kept(now, Protocol::Pcp, response.epoch);
         let outcome = match response.body {
             Body::Announce if response.result == ResultCode::UnsupportedVersion => {
                 // What it answers to NAT-PMP.
@@ -165,7 +165,7 @@ impl Mapper {
             self.heard(now, Protocol::Pcp);
         }
         if !kept {
-            self.state_lost(now, Protocol::Pcp);
+            self.state_lost(now);
         }
         outcome
     }
@@ -184,12 +184,20 @@ impl Mapper {
             self.absent(now, Protocol::Pcp);
             return Ok(());
         }
-        let kept = self.epochs[Protocol::NatPmp as usize].observe(now, response.epoch);
+        let kept = self.has_kept(now, Protocol::NatPmp, response.epoch);
         let outcome = self.handle_nat_pmp_answer(now, response);
         if !kept {
-            self.state_lost(now, Protocol::NatPmp);
+            self.state_lost(now);
         }
         outcome
+    }
+
+    /// Whether the gateway still has what it gave us, as far as the epoch in a response by `protocol` tells. A gateway's
+    /// protocols start together, and not all of them announce it: miniupnpd does by PCP alone. So any of them counts, even
+    /// one that was never heard before.
+    fn has_kept(&mut self, now: Instant, protocol: Protocol, epoch: u32) -> bool {
+        let goes_on = self.epochs[protocol as usize].observe(now, epoch);
+        goes_on && self.lease.as_ref().is_none_or(|lease| epoch::reaches_back(now, epoch, lease.given))
     }
 
     fn absent(&mut self, now: Instant, protocol: Protocol) {

@@ -308,6 +308,40 @@ fn a_gateway_that_announces_its_start_is_asked_at_once() {
 }
 
 #[test]
+fn a_start_announced_by_pcp_alone_counts_for_what_the_others_gave() {
+    for protocol in [Protocol::NatPmp, Protocol::Upnp] {
+        // As miniupnpd does, where PCP itself is refused, or does not get through.
+        let quirks = Quirks { refuses: vec![Protocol::Pcp], ..Quirks::default() };
+        let mut world = World::with(&[Protocol::Pcp, protocol], quirks);
+        assert_eq!(mapped(world.run(secs(20))).0, protocol);
+        let now = world.now;
+        let told = world.gateway().restart(now);
+        let source = SocketAddr::new(network().gateway, pcp::SERVER_PORT);
+        for announcement in 0..10 {
+            world.mapper.handle_datagram(world.now, source, &told[0]).unwrap();
+            world.run(Duration::from_millis(100));
+            let now = world.now;
+            assert_eq!(world.gateway().count(now), 1, "{protocol}: after announcement {announcement}");
+        }
+    }
+}
+
+#[test]
+fn a_gateway_whose_epoch_stands_still_is_not_asked_all_the_time() {
+    let mut world = World::with(&[Protocol::NatPmp], Quirks::default());
+    world.run(secs(600));
+    let before = world.datagrams;
+    let source = SocketAddr::new(network().gateway, pcp::SERVER_PORT);
+    let announce = pcp::Response { result: ResultCode::Success, lifetime: 0, epoch: 0, body: Body::Announce };
+    for _ in 0..100 {
+        world.mapper.handle_datagram(world.now, source, &announce.encode()).unwrap();
+        world.run(Duration::from_millis(100));
+    }
+    let asked = world.datagrams - before;
+    assert!((1..=12).contains(&asked), "{asked} datagrams in ten seconds");
+}
+
+#[test]
 fn a_port_that_was_given_away_meanwhile_is_replaced_and_told() {
     let mut world = World::with(&[Protocol::Pcp], Quirks::default());
     world.run(secs(600));
@@ -321,12 +355,14 @@ fn a_port_that_was_given_away_meanwhile_is_replaced_and_told() {
 
 #[test]
 fn a_new_outside_address_is_told() {
-    let mut world = World::with(&[Protocol::NatPmp], Quirks::default());
-    world.run(secs(5));
-    world.gateway().set_outside(Ipv4Addr::new(203, 0, 113, 77));
-    // STUN sees it first; the gateway confirms.
-    world.mapper.set_reflexive(world.now, Some(ip("203.0.113.77")));
-    assert_eq!(world.run(secs(1)).endpoint(), Some("203.0.113.77:41641".parse().unwrap()));
+    for protocol in [Protocol::NatPmp, Protocol::Upnp] {
+        let mut world = World::with(&[protocol], Quirks::default());
+        world.run(secs(5));
+        world.gateway().set_outside(Ipv4Addr::new(203, 0, 113, 77));
+        // STUN sees it first; the gateway confirms.
+        world.mapper.set_reflexive(world.now, Some(ip("203.0.113.77")));
+        assert_eq!(world.run(secs(1)).endpoint(), Some("203.0.113.77:41641".parse().unwrap()), "{protocol}");
+    }
 }
 
 #[test]
