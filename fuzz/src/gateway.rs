@@ -1,6 +1,6 @@
 //! What comes from gateways, and what comes to them: port mappings in all three protocols.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use mesh_nat::portmap::gateway::{Config as GatewayConfig, Gateway, Quirks};
@@ -8,6 +8,8 @@ use mesh_nat::portmap::{Config, Mapper, Network, Transmit, http, nat_pmp, pcp, s
 
 const INSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 1, 1));
 const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 1, 7));
+const INSIDE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
+const CLIENT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7));
 
 /// PCP and NAT-PMP: what is read is written and read again as the same, and a mapper and a gateway take it in their lives.
 ///
@@ -29,7 +31,7 @@ pub fn portmap(bytes: &[u8]) {
     let mut now = super::epoch();
     let mut gateway = Gateway::new(now, GatewayConfig::new(INSIDE, Ipv4Addr::new(203, 0, 113, 5)));
     let source = SocketAddr::new(CLIENT, 5555);
-    let mut mapper = mapper();
+    let mut mapper = mapper(INSIDE, CLIENT);
     // Each datagram behind its length; the length's top bits say how much time passes before.
     let mut rest = bytes;
     while let Some((&[len], behind)) = rest.split_first_chunk() {
@@ -62,23 +64,29 @@ pub fn upnp(bytes: &[u8]) {
     let location = http::Url { port: 5000, path: "/d/x.xml".to_owned() };
     for service in upnp::services(bytes, &location) {
         let map = upnp::PortMapping { external_port: 1, internal_port: 2, client: Ipv4Addr::LOCALHOST, lease: 3 };
-        let call = upnp::Action::AddPortMapping(map);
-        let read = upnp::Action::decode(&call.soap_action(&service), call.encode(&service).as_bytes());
-        assert_eq!(read, Some(call), "{service:?} breaks out of the call");
+        let hole = upnp::Pinhole { client: Ipv6Addr::LOCALHOST, port: 2, lease: 3 };
+        for call in [upnp::Action::AddPortMapping(map), upnp::Action::AddPinhole(hole)] {
+            let read = upnp::Action::decode(&call.soap_action(&service), call.encode(&service).as_bytes());
+            assert_eq!(read, Some(call), "{service:?} breaks out of the call");
+        }
     }
     if let Some(url) = http::Url::parse(&text) {
         assert!(url.path.starts_with('/') && !url.path.contains(char::is_whitespace), "{url:?}");
     }
     let _ = upnp::Answer::decode(500, bytes);
 
-    // The bytes in place of every third answer that a mapper gets: a description, an address, a mapping.
+    // The bytes in place of every third answer that a mapper gets: a description, an address, a mapping; or a pinhole.
     let now = super::epoch();
-    let mut mapper = mapper();
-    let found = ssdp::respond(SocketAddr::new(INSIDE, 5000), "/description.xml", ssdp::GATEWAY);
-    let _ = mapper.handle_datagram(now, SocketAddr::new(INSIDE, ssdp::PORT), &found);
+    let (inside, client, wanted) = match bytes.len() / 6 % 2 {
+        0 => (INSIDE, CLIENT, ssdp::GATEWAY),
+        _ => (INSIDE_V6, CLIENT_V6, ssdp::FIREWALL),
+    };
+    let mut mapper = mapper(inside, client);
+    let found = ssdp::respond(SocketAddr::new(inside, 5000), "/description.xml", wanted);
+    let _ = mapper.handle_datagram(now, SocketAddr::new(inside, ssdp::PORT), &found);
     let later = now + Duration::from_secs(1);
     mapper.handle_timeout(later);
-    let mut config = GatewayConfig::new(INSIDE, Ipv4Addr::new(203, 0, 113, 5));
+    let mut config = GatewayConfig::new(inside, Ipv4Addr::new(203, 0, 113, 5));
     config.quirks = Quirks { first_version: bytes.len().is_multiple_of(2), taken: vec![4242], ..Quirks::default() };
     let mut gateway = Gateway::new(now, config);
     let (told, which) = (http::Response { status: 200, body: bytes.to_vec() }, bytes.len() % 3);
@@ -86,7 +94,7 @@ pub fn upnp(bytes: &[u8]) {
     while exchanges < 32 {
         let Some(transmit) = mapper.poll_transmit() else { break };
         let Transmit::Http { id, request, .. } = transmit else { continue };
-        let real = gateway.handle_http(later, CLIENT, &request);
+        let real = gateway.handle_http(later, client, &request);
         let real = real.and_then(|bytes| http::response(&bytes, true).ok().flatten());
         mapper.handle_http(later, id, if exchanges % 3 == which { Some(&told) } else { real.as_ref() });
         exchanges += 1;
@@ -94,9 +102,9 @@ pub fn upnp(bytes: &[u8]) {
     assert!(exchanges < 32, "a gateway keeps a mapper busy for ever");
 }
 
-fn mapper() -> Mapper {
+fn mapper(gateway: IpAddr, client: IpAddr) -> Mapper {
     let mut mapper = Mapper::new(Config::default(), [1; 32]);
-    mapper.set_network(super::epoch(), Some(Network { gateway: INSIDE, scope: 0, client: CLIENT }));
+    mapper.set_network(super::epoch(), Some(Network { gateway, scope: 0, client }));
     mapper.set_port(super::epoch(), Some(4242));
     mapper
 }

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`pcp`] | PCP (RFC 6887), which also opens IPv6 firewalls |
 //! | [`nat_pmp`] | NAT-PMP (RFC 6886) |
-//! | [`ssdp`], [`http`], [`upnp`] | UPnP Internet Gateway Device 1 and 2: found by multicast, described in XML, called by SOAP |
+//! | [`ssdp`], [`http`], [`upnp`] | UPnP Internet Gateway Device 1 and 2: found by multicast, described in XML, called by SOAP; the second opens IPv6 firewalls too |
 //!
 //! [`Mapper`] speaks all three and keeps one mapping; a `Gateway` (feature `sim`) is the other side, for laboratories.
 //! Both are cores without I/O. `driver::PortMapper` runs a mapper on real sockets.

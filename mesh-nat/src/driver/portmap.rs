@@ -1,7 +1,7 @@
 //! A [`Mapper`] on real sockets: UDP for PCP, NAT-PMP and searches, TCP for UPnP's calls.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol as Transport, SockRef, Socket, Type};
@@ -20,8 +20,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 const MAX_SLEEP: Duration = Duration::from_secs(15);
 /// A pause after an error.
 const AFTER_ERROR: Duration = Duration::from_millis(10);
-/// The group to which gateways tell that they have started anew (RFC 6887 §14.1).
+/// The groups to which gateways tell that they have started anew (RFC 6887 §14.1).
 const ALL_HOSTS: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 1);
+const ALL_HOSTS_V6: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
 /// Tells the time. One that counts suspensions keeps mappings alive over them.
 pub type Clock = Box<dyn Fn() -> Instant + Send + Sync>;
@@ -31,7 +32,8 @@ pub struct PortMapper {
     core: Mapper,
     clock: Clock,
     mark: Option<u32>,
-    client: Option<IpAddr>,
+    /// Our address, and the interface that it is on.
+    client: Option<(IpAddr, u32)>,
     socket: Option<UdpSocket>,
     announcements: Option<UdpSocket>,
     exchanges: JoinSet<(ExchangeId, Option<http::Response>)>,
@@ -68,7 +70,7 @@ impl PortMapper {
         if self.core.network() == network {
             return;
         }
-        let client = network.map(|network| network.client);
+        let client = network.map(|network| (network.client, network.scope));
         if self.client != client {
             (self.client, self.socket, self.announcements) = (client, None, None);
         }
@@ -139,13 +141,13 @@ impl PortMapper {
     }
 
     fn transmit(&mut self, transmit: Transmit) {
-        let Some(client) = self.client else { return };
+        let Some((client, scope)) = self.client else { return };
         match transmit {
             Transmit::Datagram { remote, datagram } => {
                 if self.socket.is_none() {
                     // An address that has just come may not be usable yet; the next datagram tries again.
                     self.socket = bind(client, self.mark).ok();
-                    self.announcements = listen(client).ok();
+                    self.announcements = listen(client, scope).ok();
                 }
                 if let Some(socket) = &self.socket {
                     // Past the runtime, which would not send before it has seen the new socket to be writable. An
@@ -198,13 +200,19 @@ fn bind(client: IpAddr, mark: Option<u32>) -> io::Result<UdpSocket> {
 
 /// The socket that hears gateways which have started anew. Bound to the group, so that nothing else comes; others on this
 /// host may have one too.
-fn listen(client: IpAddr) -> io::Result<UdpSocket> {
-    let IpAddr::V4(client) = client else { return Err(io::ErrorKind::Unsupported.into()) };
-    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Transport::UDP))?;
+fn listen(client: IpAddr, scope: u32) -> io::Result<UdpSocket> {
+    let group = match client {
+        IpAddr::V4(_) => SocketAddr::from((ALL_HOSTS, pcp::ANNOUNCE_PORT)),
+        IpAddr::V6(_) => SocketAddrV6::new(ALL_HOSTS_V6, pcp::ANNOUNCE_PORT, 0, scope).into(),
+    };
+    let socket = Socket::new(Domain::for_address(group), Type::DGRAM, Some(Transport::UDP))?;
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::from((ALL_HOSTS, pcp::ANNOUNCE_PORT)).into())?;
-    socket.join_multicast_v4(&ALL_HOSTS, &client)?;
+    socket.bind(&group.into())?;
+    match client {
+        IpAddr::V4(client) => socket.join_multicast_v4(&ALL_HOSTS, &client)?,
+        IpAddr::V6(_) => socket.join_multicast_v6(&ALL_HOSTS_V6, scope)?,
+    }
     UdpSocket::from_std(socket.into())
 }
 

@@ -13,6 +13,7 @@ use super::pcp::{self, Body, Map, Nonce, PcpError, ResultCode};
 use super::status::Protocol;
 use super::{http, ssdp};
 
+mod description;
 mod soap;
 
 /// The port of its HTTP server.
@@ -74,6 +75,8 @@ struct Entry {
     expires: Option<Instant>,
     /// Who made it with PCP may change it with PCP.
     nonce: Option<Nonce>,
+    /// The number of a pinhole that UPnP has opened.
+    id: Option<u16>,
 }
 
 /// A gateway and the mappings that it has given.
@@ -85,13 +88,15 @@ pub struct Gateway {
     ports: BTreeMap<u16, Entry>,
     /// Holes for IPv6, by the inside address.
     pinholes: BTreeMap<SocketAddr, Entry>,
+    /// So many pinholes has UPnP opened.
+    holes: u16,
 }
 
 impl Gateway {
     /// A gateway without mappings.
     #[must_use]
     pub const fn new(now: Instant, config: Config) -> Self {
-        Self { config, started: now, ports: BTreeMap::new(), pinholes: BTreeMap::new() }
+        Self { config, started: now, ports: BTreeMap::new(), pinholes: BTreeMap::new(), holes: 0 }
     }
 
     /// The host that an outside port leads to.
@@ -162,6 +167,7 @@ impl Gateway {
     /// response, after which the connection ends. An empty one means that it ends at once.
     pub fn handle_http(&mut self, now: Instant, source: IpAddr, bytes: &[u8]) -> Option<Vec<u8>> {
         self.ports.retain(|_, entry| entry.lives(now));
+        self.pinholes.retain(|_, entry| entry.lives(now));
         match http::request(bytes) {
             Ok(None) => None,
             Ok(Some(request)) if self.speaks(Protocol::Upnp) => Some(self.soap(now, source, &request)),
@@ -276,7 +282,8 @@ impl Gateway {
             return Ok((0, map));
         }
         let lifetime = self.lifetime(wanted);
-        let entry = Entry { inside, expires: Some(now + Duration::from_secs(lifetime.into())), nonce: Some(map.nonce) };
+        let expires = Some(now + Duration::from_secs(lifetime.into()));
+        let entry = Entry { inside, expires, nonce: Some(map.nonce), id: None };
         if client.is_ipv6() {
             self.pinholes.insert(inside, entry);
             map.external = inside;
@@ -336,7 +343,7 @@ impl Gateway {
         };
         let lifetime = self.lifetime(lifetime);
         let expires = Some(now + Duration::from_secs(lifetime.into()));
-        self.ports.insert(port, Entry { inside, expires, nonce: None });
+        self.ports.insert(port, Entry { inside, expires, nonce: None, id: None });
         answer(nat_pmp::ResultCode::Success, port, lifetime)
     }
 }

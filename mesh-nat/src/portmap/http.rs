@@ -84,16 +84,22 @@ fn clean(path: &str) -> Option<String> {
     Some(if path.starts_with('/') { path.to_owned() } else { format!("/{path}") })
 }
 
-/// A request to fetch `path` from `host`.
+/// `remote` as the field `Host` names it: its zone means nothing to anybody else (RFC 6874 §4).
+fn host(remote: SocketAddr) -> SocketAddr {
+    SocketAddr::new(remote.ip(), remote.port())
+}
+
+/// A request to fetch `path` from `remote`.
 #[must_use]
-pub fn get(host: SocketAddr, path: &str) -> Vec<u8> {
+pub fn get(remote: SocketAddr, path: &str) -> Vec<u8> {
+    let host = host(remote);
     format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nUser-Agent: mesh\r\n\r\n").into_bytes()
 }
 
 /// A SOAP request (UPnP Device Architecture 1.1 §3.2.1).
 #[must_use]
-pub fn post(host: SocketAddr, path: &str, soap_action: &str, body: &str) -> Vec<u8> {
-    let len = body.len();
+pub fn post(remote: SocketAddr, path: &str, soap_action: &str, body: &str) -> Vec<u8> {
+    let (host, len) = (host(remote), body.len());
     format!(
         "POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nUser-Agent: mesh\r\n\
          Content-Type: text/xml; charset=\"utf-8\"\r\nSOAPAction: \"{soap_action}\"\r\nContent-Length: {len}\r\n\r\n{body}"

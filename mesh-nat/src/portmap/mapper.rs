@@ -143,6 +143,8 @@ struct Lease {
     expires: Option<Instant>,
     /// For UPnP: who can delete it.
     service: Option<upnp::Service>,
+    /// The number of the pinhole that it is.
+    pinhole: Option<u16>,
 }
 
 /// Gets and keeps one port mapping. See the [module documentation](super).
@@ -314,10 +316,14 @@ impl Mapper {
     /// Says why it was ignored.
     pub fn handle_datagram(&mut self, now: Instant, source: SocketAddr, datagram: &[u8]) -> Result<(), Reject> {
         let from_gateway = self.network.is_some_and(|network| network.gateway == source.ip());
-        if !from_gateway && !self.releases.iter().any(|release| release.is_for(source.ip())) {
+        let search = source.port() != pcp::SERVER_PORT;
+        let known = from_gateway
+            || (search && self.network.is_some_and(|network| network.may_be_gateway(source.ip())))
+            || self.releases.iter().any(|release| release.is_for(source.ip()));
+        if !known {
             return Err(Reject::Stranger);
         }
-        let outcome = if source.port() != pcp::SERVER_PORT {
+        let outcome = if search {
             self.handle_search_answer(now, datagram)
         } else if datagram.first() == Some(&pcp::VERSION) {
             let response = pcp::Response::decode(datagram)?;
@@ -414,6 +420,7 @@ impl Mapper {
             given: now,
             expires,
             service: grant.service,
+            pinhole: grant.pinhole,
         });
     }
 

@@ -1,6 +1,6 @@
 //! SSDP, how UPnP devices are found (UPnP Device Architecture 1.1 §1): HTTP heads in datagrams.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::http::{Head, Url};
 
@@ -8,17 +8,22 @@ use super::http::{Head, Url};
 pub const PORT: u16 = 1900;
 /// The group that searches are sent to.
 pub const GROUP: IpAddr = IpAddr::V4(Ipv4Addr::new(239, 255, 255, 250));
+/// The same for IPv6, on one link (UPnP Device Architecture 1.1, annex A).
+pub const GROUP_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0xc));
 /// What is searched for: the first version, for which later ones answer too.
 pub const GATEWAY: &str = "urn:schemas-upnp-org:device:InternetGatewayDevice:1";
 /// The second version, for devices that answer for their own alone.
 pub const GATEWAY_2: &str = "urn:schemas-upnp-org:device:InternetGatewayDevice:2";
+/// What opens firewalls for IPv6, which devices of the second version have.
+pub const FIREWALL: &str = "urn:schemas-upnp-org:service:WANIPv6FirewallControl:1";
 /// Everything that is there, for devices that answer to nothing else.
 pub const ALL: &str = "ssdp:all";
 
-/// A search for `target`. Devices that got it by multicast answer within a second.
+/// A search for `target` in `group`. Devices that got it by multicast answer within a second.
 #[must_use]
-pub fn search(target: &str) -> Vec<u8> {
-    format!("M-SEARCH * HTTP/1.1\r\nHOST: {GROUP}:{PORT}\r\nMAN: \"ssdp:discover\"\r\nMX: 1\r\nST: {target}\r\n\r\n")
+pub fn search(group: IpAddr, target: &str) -> Vec<u8> {
+    let host = SocketAddr::new(group, PORT);
+    format!("M-SEARCH * HTTP/1.1\r\nHOST: {host}\r\nMAN: \"ssdp:discover\"\r\nMX: 1\r\nST: {target}\r\n\r\n")
         .into_bytes()
 }
 
@@ -65,7 +70,9 @@ pub fn answer(datagram: &[u8]) -> Result<Found, SsdpError> {
     }
     let kinds = [head.field("ST"), head.field("USN")].map(Option::unwrap_or_default);
     let is = |what: &str| kinds.iter().any(|kind| kind.contains(what));
-    if !(is(":InternetGatewayDevice:") || is(":WANIPConnection:") || is(":WANPPPConnection:")) {
+    let gateway =
+        [":InternetGatewayDevice:", ":WANIPConnection:", ":WANPPPConnection:", ":WANIPv6FirewallControl:"].map(is);
+    if !gateway.contains(&true) {
         return Err(SsdpError::NotGateway);
     }
     let location = head.field("LOCATION").and_then(Url::parse).ok_or(SsdpError::NoLocation)?;
@@ -106,14 +113,16 @@ mod tests {
     fn other_devices_are_not_gateways() {
         let printer = MINIUPNPD.replace("InternetGatewayDevice", "Printer");
         assert_eq!(answer(printer.as_bytes()), Err(SsdpError::NotGateway));
-        assert_eq!(answer(&search(GATEWAY)), Err(SsdpError::NotAnswer));
+        assert_eq!(answer(&search(GROUP, GATEWAY)), Err(SsdpError::NotAnswer));
         let secret = MINIUPNPD.replace("http://192", "https://192");
         assert_eq!(answer(secret.as_bytes()), Err(SsdpError::NoLocation));
     }
 
     #[test]
     fn a_search_is_answered_for_what_was_searched() {
-        assert_eq!(searched(&search(GATEWAY_2)), Some(GATEWAY_2));
+        assert_eq!(searched(&search(GROUP, GATEWAY_2)), Some(GATEWAY_2));
+        let on_link = search(GROUP_V6, FIREWALL);
+        assert!(on_link.windows(21).any(|bytes| bytes == b"HOST: [ff02::c]:1900\r"), "{on_link:?}");
         assert_eq!(searched(MINIUPNPD.as_bytes()), None);
         let answered = answer(&respond("10.0.0.1:80".parse().unwrap(), "/d.xml", GATEWAY_2)).unwrap();
         assert_eq!((answered.location.path.as_str(), answered.second), ("/d.xml", true));

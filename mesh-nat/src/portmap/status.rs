@@ -46,12 +46,12 @@ impl Default for Config {
 }
 
 /// Where the gateway is, and who asks it. One mapper serves one address of this host: the IPv4 address that the default
-/// route uses, or an IPv6 address, for which PCP opens a pinhole in the gateway's firewall.
+/// route uses, or an IPv6 address, for which PCP or UPnP opens a pinhole in the gateway's firewall.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Network {
     /// The default router.
     pub gateway: IpAddr,
-    /// The interface's index, which a link-local gateway's address needs; 0 otherwise.
+    /// The interface's index with IPv6, which link-local addresses need; 0 otherwise.
     pub scope: u32,
     /// Our own address, of the gateway's family: requests have to be sent from it.
     pub client: IpAddr,
@@ -64,6 +64,15 @@ impl Network {
         match self.gateway {
             IpAddr::V4(_) => SocketAddr::new(self.gateway, port),
             IpAddr::V6(v6) => SocketAddrV6::new(v6, port, 0, self.scope).into(),
+        }
+    }
+
+    /// Whether what `address` says about a device may be the gateway's word: an IPv6 gateway that is asked at its
+    /// link-local address may answer from the one that it has in our subnet.
+    pub(super) fn may_be_gateway(&self, address: IpAddr) -> bool {
+        match (self.client, address) {
+            (IpAddr::V6(ours), IpAddr::V6(theirs)) => ours.segments()[..4] == theirs.segments()[..4],
+            (IpAddr::V4(_) | IpAddr::V6(_), _) => false,
         }
     }
 }

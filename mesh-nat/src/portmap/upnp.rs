@@ -1,11 +1,11 @@
 //! UPnP gateways (Internet Gateway Device 1 and 2): what their descriptions say, and the SOAP calls for port mappings.
 //!
-//! A description lists services; WANIPConnection:2 (IGD 2), WANIPConnection:1 and WANPPPConnection:1 can map ports. Each
-//! call is an XML body posted to the service's control URL, and each answer a body whose elements are the results, or a
-//! fault with a number.
+//! A description lists services; WANIPConnection:2 (IGD 2), WANIPConnection:1 and WANPPPConnection:1 can map ports, and
+//! WANIPv6FirewallControl:1 opens pinholes in front of IPv6 addresses. Each call is an XML body posted to the service's
+//! control URL, and each answer a body whose elements are the results, or a fault with a number.
 
 use std::fmt::Write;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::http::Url;
 use super::xml::{Piece, Pieces, escape, text_of};
@@ -14,6 +14,8 @@ use super::xml::{Piece, Pieces, escape, text_of};
 const MAX_SERVICES: usize = 8;
 /// What mappings are called in a gateway's list.
 const DESCRIPTION: &str = "mesh";
+/// UDP, as firewalls name it (the IANA protocol number).
+const UDP: u32 = 17;
 
 /// What kind of connection a service controls; the first is preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,9 +26,11 @@ pub enum ServiceKind {
     WanIp1,
     /// `WANPPPConnection:1`.
     WanPpp,
+    /// `WANIPv6FirewallControl:1`.
+    Firewall6,
 }
 
-/// A service that can map ports.
+/// A service that can map ports, or open a firewall.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Service {
     /// Which kind it is.
@@ -51,13 +55,15 @@ impl Service {
             ("WANIPConnection", 1) => ServiceKind::WanIp1,
             ("WANIPConnection", 2..) => ServiceKind::WanIp2,
             ("WANPPPConnection", 1..) => ServiceKind::WanPpp,
+            ("WANIPv6FirewallControl", 1..) => ServiceKind::Firewall6,
             _ => return None,
         };
         Some(Self { kind, urn: urn.to_owned(), control })
     }
 }
 
-/// The services of a gateway that can map ports, the preferred first. `location` is where the description came from.
+/// The services of a gateway that can map ports or open its firewall, the preferred first. `location` is where the
+/// description came from.
 #[must_use]
 pub fn services(description: &[u8], location: &Url) -> Vec<Service> {
     let document = String::from_utf8_lossy(description);
@@ -97,6 +103,22 @@ pub struct PortMapping {
     pub lease: u32,
 }
 
+/// A hole in a firewall for one UDP port of an IPv6 address, open to everybody, as it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Pinhole {
+    /// The client.
+    pub client: Ipv6Addr,
+    /// Its port.
+    pub port: u16,
+    /// For how long, in seconds; 1 to [`MAX_LEASE`](Self::MAX_LEASE).
+    pub lease: u32,
+}
+
+impl Pinhole {
+    /// No pinhole may be asked for longer: a day (WANIPv6FirewallControl:1 §2.3.2).
+    pub const MAX_LEASE: u32 = 86_400;
+}
+
 /// A call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -112,12 +134,29 @@ pub enum Action {
         /// The port outside.
         external_port: u16,
     },
+    /// Open a pinhole. The answer names it by a number.
+    AddPinhole(Pinhole),
+    /// Keep it open for so long from now.
+    UpdatePinhole {
+        /// Its number.
+        id: u16,
+        /// In seconds.
+        lease: u32,
+    },
+    /// Close it.
+    DeletePinhole {
+        /// Its number.
+        id: u16,
+    },
 }
 
 const GET_ADDRESS: &str = "GetExternalIPAddress";
 const ADD: &str = "AddPortMapping";
 const ADD_ANY: &str = "AddAnyPortMapping";
 const DELETE: &str = "DeletePortMapping";
+const ADD_HOLE: &str = "AddPinhole";
+const UPDATE_HOLE: &str = "UpdatePinhole";
+const DELETE_HOLE: &str = "DeletePinhole";
 
 impl Action {
     /// The call's name.
@@ -128,6 +167,9 @@ impl Action {
             Self::AddPortMapping(_) => ADD,
             Self::AddAnyPortMapping(_) => ADD_ANY,
             Self::DeletePortMapping { .. } => DELETE,
+            Self::AddPinhole(_) => ADD_HOLE,
+            Self::UpdatePinhole { .. } => UPDATE_HOLE,
+            Self::DeletePinhole { .. } => DELETE_HOLE,
         }
     }
 
@@ -162,6 +204,20 @@ impl Action {
                 argument("NewExternalPort", external_port);
                 argument("NewProtocol", &"UDP");
             }
+            Self::AddPinhole(hole) => {
+                // No remote host and port 0: any.
+                argument("RemoteHost", &"");
+                argument("RemotePort", &0);
+                argument("InternalClient", &hole.client);
+                argument("InternalPort", &hole.port);
+                argument("Protocol", &UDP);
+                argument("LeaseTime", &hole.lease);
+            }
+            Self::UpdatePinhole { id, lease } => {
+                argument("UniqueID", id);
+                argument("NewLeaseTime", lease);
+            }
+            Self::DeletePinhole { id } => argument("UniqueID", id),
         }
         let (name, urn) = (self.name(), &service.urn);
         envelope(&format!("<u:{name} xmlns:u=\"{urn}\">{arguments}</u:{name}>"))
@@ -173,6 +229,7 @@ impl Action {
         let document = String::from_utf8_lossy(body);
         let number = |name: &str| text_of(&document, name)?.parse::<u32>().ok();
         let port = |name: &str| number(name).and_then(|port| u16::try_from(port).ok());
+        let id = || port("UniqueID");
         let udp = text_of(&document, "NewProtocol").is_some_and(|protocol| protocol == "UDP");
         let mapping = || {
             Some(PortMapping {
@@ -187,12 +244,19 @@ impl Action {
             ADD if udp => mapping().map(Self::AddPortMapping),
             ADD_ANY if udp => mapping().map(Self::AddAnyPortMapping),
             DELETE if udp => Some(Self::DeletePortMapping { external_port: port("NewExternalPort")? }),
+            ADD_HOLE if number("Protocol") == Some(UDP) => Some(Self::AddPinhole(Pinhole {
+                client: text_of(&document, "InternalClient")?.parse().ok()?,
+                port: port("InternalPort")?,
+                lease: number("LeaseTime")?,
+            })),
+            UPDATE_HOLE => Some(Self::UpdatePinhole { id: id()?, lease: number("NewLeaseTime")? }),
+            DELETE_HOLE => Some(Self::DeletePinhole { id: id()? }),
             _ => None,
         }
     }
 }
 
-/// Why a gateway did not do what it was asked (UPnP errors; WANIPConnection:2 §2.5).
+/// Why a gateway did not do what it was asked (UPnP errors; WANIPConnection:2 §2.5, WANIPv6FirewallControl:1 §2.4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Fault {
@@ -204,6 +268,14 @@ pub enum Fault {
     ActionFailed,
     /// 606: its owner does not want it.
     NotAuthorized,
+    /// 701: it has no room for another pinhole.
+    NoPinholes,
+    /// 702: its firewall is off.
+    FirewallOff,
+    /// 703: its owner wants no pinholes.
+    PinholesOff,
+    /// 704: it has no pinhole of that number.
+    UnknownPinhole,
     /// 718: the port belongs to another mapping.
     Conflict,
     /// 724: only the same port inside and outside.
@@ -225,6 +297,10 @@ impl From<u16> for Fault {
             402 => Self::InvalidArguments,
             501 => Self::ActionFailed,
             606 => Self::NotAuthorized,
+            701 => Self::NoPinholes,
+            702 => Self::FirewallOff,
+            703 => Self::PinholesOff,
+            704 => Self::UnknownPinhole,
             718 => Self::Conflict,
             724 => Self::SamePorts,
             725 => Self::OnlyPermanent,
@@ -242,6 +318,10 @@ impl From<Fault> for u16 {
             Fault::InvalidArguments => 402,
             Fault::ActionFailed => 501,
             Fault::NotAuthorized => 606,
+            Fault::NoPinholes => 701,
+            Fault::FirewallOff => 702,
+            Fault::PinholesOff => 703,
+            Fault::UnknownPinhole => 704,
             Fault::Conflict => 718,
             Fault::SamePorts => 724,
             Fault::OnlyPermanent => 725,
@@ -259,6 +339,8 @@ pub struct Answer {
     pub external: Option<Ipv4Addr>,
     /// From [`Action::AddAnyPortMapping`]: the port that it chose.
     pub reserved_port: Option<u16>,
+    /// From [`Action::AddPinhole`]: the pinhole's number.
+    pub pinhole: Option<u16>,
 }
 
 impl Answer {
@@ -276,6 +358,7 @@ impl Answer {
                     .and_then(|address| address.parse().ok())
                     .filter(|address: &Ipv4Addr| !address.is_unspecified()),
                 reserved_port: text_of(&document, "NewReservedPort").and_then(|port| port.parse().ok()),
+                pinhole: text_of(&document, "UniqueID").and_then(|id| id.parse().ok()),
             }),
             None => Err(Fault::Other(0)),
         }
@@ -291,6 +374,9 @@ impl Answer {
         }
         if let Some(port) = self.reserved_port {
             results = format!("<NewReservedPort>{port}</NewReservedPort>");
+        }
+        if let Some(id) = self.pinhole {
+            results = format!("<UniqueID>{id}</UniqueID>");
         }
         envelope(&format!("<u:{name}Response xmlns:u=\"{urn}\">{results}</u:{name}Response>"))
     }
@@ -344,6 +430,7 @@ mod tests {
     #[test]
     fn the_newest_connection_service_comes_first_and_others_are_left_out() {
         let text = description(&[
+            ("urn:schemas-upnp-org:service:WANIPv6FirewallControl:1", "/fw"),
             ("urn:schemas-upnp-org:service:WANPPPConnection:1", "/ppp"),
             ("urn:schemas-upnp-org:service:Layer3Forwarding:1", "/l3f"),
             ("urn:dslforum-org:service:WANIPConnection:1", "ip1"),
@@ -351,7 +438,7 @@ mod tests {
         ]);
         let found = services(text.as_bytes(), &location());
         let kinds: Vec<_> = found.iter().map(|service| service.kind).collect();
-        assert_eq!(kinds, [ServiceKind::WanIp2, ServiceKind::WanIp1, ServiceKind::WanPpp]);
+        assert_eq!(kinds, [ServiceKind::WanIp2, ServiceKind::WanIp1, ServiceKind::WanPpp, ServiceKind::Firewall6]);
         assert_eq!((found[0].control.port, found[0].control.path.as_str()), (81, "/ip2"));
         assert_eq!((found[1].control.port, found[1].control.path.as_str()), (5000, "/ip1"));
     }
@@ -371,11 +458,15 @@ mod tests {
         let service = Service::new("urn:schemas-upnp-org:service:WANIPConnection:2", control).unwrap();
         let client = Ipv4Addr::new(192, 168, 1, 7);
         let map = PortMapping { external_port: 5, internal_port: 41641, client, lease: 7200 };
+        let hole = Pinhole { client: "2001:db8::7".parse().unwrap(), port: 41641, lease: 7200 };
         for action in [
             Action::GetExternalIpAddress,
             Action::AddPortMapping(map),
             Action::AddAnyPortMapping(map),
             Action::DeletePortMapping { external_port: 5 },
+            Action::AddPinhole(hole),
+            Action::UpdatePinhole { id: 7, lease: 60 },
+            Action::DeletePinhole { id: 7 },
         ] {
             let body = action.encode(&service);
             assert_eq!(Action::decode(&action.soap_action(&service), body.as_bytes()), Some(action));
@@ -384,12 +475,16 @@ mod tests {
 
     #[test]
     fn answers_and_faults_are_told_apart() {
-        let address = Answer { external: Some(Ipv4Addr::new(203, 0, 113, 5)), reserved_port: None };
+        let address = Answer { external: Some(Ipv4Addr::new(203, 0, 113, 5)), ..Answer::default() };
         let text = address.encode(&Action::GetExternalIpAddress, "urn:x");
         assert_eq!(Answer::decode(200, text.as_bytes()), Ok(address));
-        let port = Answer { external: None, reserved_port: Some(7) };
-        assert_eq!(Answer::decode(200, port.encode(&Action::GetExternalIpAddress, "urn:x").as_bytes()), Ok(port));
-        for fault in [Fault::Conflict, Fault::OnlyPermanent, Fault::InvalidArguments, Fault::Other(999)] {
+        let port = Answer { reserved_port: Some(7), ..Answer::default() };
+        let hole = Answer { pinhole: Some(9), ..Answer::default() };
+        for answer in [port, hole] {
+            let text = answer.encode(&Action::GetExternalIpAddress, "urn:x");
+            assert_eq!(Answer::decode(200, text.as_bytes()), Ok(answer));
+        }
+        for fault in [Fault::Conflict, Fault::OnlyPermanent, Fault::InvalidArguments, Fault::UnknownPinhole, Fault::Other(999)] {
             assert_eq!(Answer::decode(500, fault.encode().as_bytes()), Err(fault));
         }
         assert_eq!(Answer::decode(404, b"<html>"), Err(Fault::Other(0)));
@@ -398,10 +493,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_or_refused(text in "(</?(service|serviceType|controlURL|errorCode|NewReservedPort)>|urn:a:service:WANIPConnection:1|/c|7|<|&|é){0,30}") {
+        fn any_text_is_read_or_refused(text in "(</?(service|serviceType|controlURL|errorCode|NewReservedPort|UniqueID|NewLeaseTime)>|urn:a:service:WANIPConnection:1|/c|7|<|&|é){0,30}") {
             let _ = services(text.as_bytes(), &location());
             let _ = Answer::decode(200, text.as_bytes());
-            let _ = Action::decode("x#AddPortMapping", text.as_bytes());
+            for name in [ADD, ADD_HOLE, UPDATE_HOLE] {
+                let _ = Action::decode(&format!("x#{name}"), text.as_bytes());
+            }
         }
     }
 }

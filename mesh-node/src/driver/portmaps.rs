@@ -1,7 +1,5 @@
 //! The port mappings of a node: one for IPv4, and a hole in the router's firewall for an IPv6 address.
 
-use std::net::IpAddr;
-
 use mesh_nat::driver::PortMapper;
 use mesh_nat::portmap::{Config, Network, is_public};
 use mesh_noise::random::SystemRng;
@@ -80,9 +78,6 @@ impl PortMaps {
 fn network(found: &Interfaces, router: Option<&Router>) -> Option<Network> {
     let router = router?;
     let client = found.source_towards(router)?;
-    let scope = match router.address {
-        IpAddr::V6(v6) if v6.is_unicast_link_local() => router.interface,
-        IpAddr::V4(_) | IpAddr::V6(_) => 0,
-    };
+    let scope = if router.address.is_ipv6() { router.interface } else { 0 };
     Some(Network { gateway: router.address, scope, client })
 }

@@ -1,16 +1,15 @@
-//! The gateway's UPnP server: searches, the description, calls.
+//! The gateway's UPnP server: searches and calls.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use super::description::{self, CONTROL, DESCRIPTION, FIREWALL_CONTROL};
 use super::{Entry, Gateway, HTTP_PORT};
 use crate::portmap::http;
 use crate::portmap::ssdp;
 use crate::portmap::status::Protocol;
-use crate::portmap::upnp::{Action, Answer, Fault, PortMapping};
-
-const DESCRIPTION: &str = "/description.xml";
-const CONTROL: &str = "/control";
+use crate::portmap::upnp::{Action, Answer, Fault, Pinhole, PortMapping};
+use crate::portmap::xml::escape;
 
 impl Gateway {
     pub(super) fn search(&self, datagram: &[u8]) -> Option<Vec<u8>> {
@@ -20,30 +19,32 @@ impl Gateway {
             ssdp::ALL => own,
             // A later version answers for the earlier ones, by their name.
             ssdp::GATEWAY => ssdp::GATEWAY,
+            ssdp::FIREWALL if !self.config.quirks.first_version => ssdp::FIREWALL,
             other if other == own => own,
             _ => return None,
         };
         Some(ssdp::respond(SocketAddr::new(self.config.inside, HTTP_PORT), DESCRIPTION, answered))
     }
 
-    fn service(&self) -> &'static str {
-        if self.config.quirks.first_version {
-            "urn:schemas-upnp-org:service:WANIPConnection:1"
-        } else {
-            "urn:schemas-upnp-org:service:WANIPConnection:2"
-        }
-    }
-
     pub(super) fn soap(&mut self, now: Instant, source: IpAddr, request: &http::Request<'_>) -> Vec<u8> {
+        let first_version = self.config.quirks.first_version;
         match (request.method, request.path) {
-            ("GET", DESCRIPTION) => http::respond(200, &self.description()),
-            ("POST", CONTROL) => {
+            ("GET", DESCRIPTION) => http::respond(200, &description::device(first_version)),
+            ("GET", path) => match description::service(path, first_version) {
+                Some(text) => http::respond(200, &text),
+                None => http::respond(404, ""),
+            },
+            ("POST", CONTROL | FIREWALL_CONTROL) => {
                 let outcome = match Action::decode(request.soap_action, &request.body) {
                     Some(action) => self.call(now, source, &action).map(|answer| (action, answer)),
                     None => Err(Fault::InvalidAction),
                 };
                 match outcome {
-                    Ok((action, answer)) => http::respond(200, &answer.encode(&action, self.service())),
+                    Ok((action, answer)) => {
+                        // The type is what stands before the call's name.
+                        let urn = request.soap_action.split('#').next().unwrap_or_default();
+                        http::respond(200, &answer.encode(&action, &escape(urn)))
+                    }
                     Err(fault) => http::respond(500, &fault.encode()),
                 }
             }
@@ -51,30 +52,10 @@ impl Gateway {
         }
     }
 
-    fn description(&self) -> String {
-        let (service, version) = (self.service(), if self.config.quirks.first_version { 1 } else { 2 });
-        format!(
-            "<?xml version=\"1.0\"?>\r\n<root xmlns=\"urn:schemas-upnp-org:device-1-0\"><specVersion><major>1</major>\
-             <minor>1</minor></specVersion><device>\
-             <deviceType>urn:schemas-upnp-org:device:InternetGatewayDevice:{version}</deviceType>\
-             <friendlyName>laboratory</friendlyName><manufacturer>mesh</manufacturer><modelName>gateway</modelName>\
-             <UDN>uuid:00000000-0000-0000-0000-000000000001</UDN><deviceList><device>\
-             <deviceType>urn:schemas-upnp-org:device:WANDevice:{version}</deviceType>\
-             <friendlyName>wan</friendlyName><manufacturer>mesh</manufacturer><modelName>wan</modelName>\
-             <UDN>uuid:00000000-0000-0000-0000-000000000002</UDN><deviceList><device>\
-             <deviceType>urn:schemas-upnp-org:device:WANConnectionDevice:{version}</deviceType>\
-             <friendlyName>connection</friendlyName><manufacturer>mesh</manufacturer><modelName>connection</modelName>\
-             <UDN>uuid:00000000-0000-0000-0000-000000000003</UDN><serviceList><service>\
-             <serviceType>{service}</serviceType><serviceId>urn:upnp-org:serviceId:WANIPConn1</serviceId>\
-             <SCPDURL>/service.xml</SCPDURL><controlURL>{CONTROL}</controlURL><eventSubURL>/event</eventSubURL>\
-             </service></serviceList></device></deviceList></device></deviceList></device></root>"
-        )
-    }
-
     fn call(&mut self, now: Instant, source: IpAddr, action: &Action) -> Result<Answer, Fault> {
         let refused = self.refuses(Protocol::Upnp);
         match action {
-            Action::GetExternalIpAddress => Ok(Answer { external: Some(self.config.outside), reserved_port: None }),
+            Action::GetExternalIpAddress => Ok(Answer { external: Some(self.config.outside), ..Answer::default() }),
             _ if refused => Err(Fault::NotAuthorized),
             Action::AddPortMapping(map) => self.add(now, source, map, map.external_port).map(|_| Answer::default()),
             Action::AddAnyPortMapping(_) if self.config.quirks.first_version => Err(Fault::InvalidAction),
@@ -82,7 +63,7 @@ impl Gateway {
                 let inside = SocketAddr::new(map.client.into(), map.internal_port);
                 let port = self.choose(inside, map.external_port).ok_or(Fault::NoPortMaps)?;
                 let reserved_port = Some(self.add(now, source, map, port)?);
-                Ok(Answer { external: None, reserved_port })
+                Ok(Answer { reserved_port, ..Answer::default() })
             }
             Action::DeletePortMapping { external_port } => match self.ports.get(external_port) {
                 Some(entry) if entry.inside.ip() == source => {
@@ -92,7 +73,47 @@ impl Gateway {
                 Some(_) => Err(Fault::NotAuthorized),
                 None => Err(Fault::Other(714)),
             },
+            Action::AddPinhole(_) | Action::UpdatePinhole { .. } | Action::DeletePinhole { .. }
+                if self.config.quirks.first_version =>
+            {
+                Err(Fault::InvalidAction)
+            }
+            Action::AddPinhole(hole) => self.open(now, source, hole),
+            Action::UpdatePinhole { id, lease } => {
+                let lifetime = Duration::from_secs(self.lifetime(*lease).into());
+                self.hole(source, *id)?.expires = Some(now + lifetime);
+                Ok(Answer::default())
+            }
+            Action::DeletePinhole { id } => {
+                let inside = self.hole(source, *id)?.inside;
+                self.pinholes.remove(&inside);
+                Ok(Answer::default())
+            }
         }
+    }
+
+    fn open(&mut self, now: Instant, source: IpAddr, hole: &Pinhole) -> Result<Answer, Fault> {
+        let inside = SocketAddr::new(hole.client.into(), hole.port);
+        if inside.ip() != source {
+            return Err(Fault::NotAuthorized);
+        }
+        if !(1..=Pinhole::MAX_LEASE).contains(&hole.lease) || hole.port == 0 {
+            return Err(Fault::InvalidArguments);
+        }
+        let had = self.pinholes.get(&inside).and_then(|entry| entry.id);
+        let id = had.unwrap_or_else(|| {
+            self.holes = self.holes.wrapping_add(1);
+            self.holes
+        });
+        let expires = Some(now + Duration::from_secs(self.lifetime(hole.lease).into()));
+        self.pinholes.insert(inside, Entry { inside, expires, nonce: None, id: Some(id) });
+        Ok(Answer { pinhole: Some(id), ..Answer::default() })
+    }
+
+    /// The pinhole of this number, if it is the caller's.
+    fn hole(&mut self, source: IpAddr, id: u16) -> Result<&mut Entry, Fault> {
+        let entry = self.pinholes.values_mut().find(|entry| entry.id == Some(id)).ok_or(Fault::UnknownPinhole)?;
+        if entry.inside.ip() == source { Ok(entry) } else { Err(Fault::NotAuthorized) }
     }
 
     fn add(&mut self, now: Instant, source: IpAddr, map: &PortMapping, port: u16) -> Result<u16, Fault> {
@@ -111,7 +132,7 @@ impl Gateway {
         }
         let lifetime = Duration::from_secs(self.lifetime(map.lease).into());
         let expires = (map.lease != 0).then(|| now + lifetime);
-        self.ports.insert(port, Entry { inside, expires, nonce: None });
+        self.ports.insert(port, Entry { inside, expires, nonce: None, id: None });
         Ok(port)
     }
 }

@@ -41,6 +41,15 @@ pub(super) struct Grant {
     /// `None`: until it is deleted.
     pub(super) lifetime: Option<Duration>,
     pub(super) service: Option<upnp::Service>,
+    /// The number of the pinhole that it is.
+    pub(super) pinhole: Option<u16>,
+}
+
+impl Grant {
+    /// By PCP or NAT-PMP.
+    const fn datagram(protocol: Protocol, external: SocketAddr, lifetime: Duration) -> Self {
+        Self { protocol, external, lifetime: Some(lifetime), service: None, pinhole: None }
+    }
 }
 
 impl Mapper {
@@ -132,8 +141,7 @@ impl Mapper {
             self.refused(now, Protocol::Pcp, Refusal::NoAddress, None);
             return Ok(());
         }
-        let grant = Grant { protocol: Protocol::Pcp, external: map.external, lifetime: Some(lasting), service: None };
-        self.granted(now, grant);
+        self.granted(now, Grant::datagram(Protocol::Pcp, map.external, lasting));
         Ok(())
     }
 
@@ -173,9 +181,8 @@ impl Mapper {
             self.release_nat_pmp(now);
             return self.refused(now, Protocol::NatPmp, Refusal::PortTaken, None);
         }
-        let lifetime = Some(Duration::from_secs(lifetime.into()));
         let external = SocketAddr::new(IpAddr::V4(address), port);
-        self.granted(now, Grant { protocol: Protocol::NatPmp, external, lifetime, service: None });
+        self.granted(now, Grant::datagram(Protocol::NatPmp, external, Duration::from_secs(lifetime.into())));
     }
 }
 

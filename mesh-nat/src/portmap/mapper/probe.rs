@@ -1,5 +1,6 @@
 //! Finding out what the gateway speaks, and choosing.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::ask::nat_pmp_refusal;
@@ -30,7 +31,6 @@ impl Mapper {
         self.standings = [Standing::Unknown; 3];
         if network.gateway.is_ipv6() {
             self.standings[Protocol::NatPmp as usize] = Standing::Absent;
-            self.standings[Protocol::Upnp as usize] = Standing::Absent;
         }
         self.found.search_again();
         self.probe = Some(Probe { started: now, step: 0 });
@@ -49,12 +49,16 @@ impl Mapper {
             self.send(server, nat_pmp::Request::Address.encode());
         }
         if unknown(self, Protocol::Upnp) {
-            let (group, gateway) = ((ssdp::GROUP, ssdp::PORT).into(), network.gateway_at(ssdp::PORT));
-            for target in [ssdp::GATEWAY, ssdp::GATEWAY_2] {
-                self.send(group, ssdp::search(target));
+            let (group, wanted) = match network.gateway {
+                IpAddr::V4(_) => (ssdp::GROUP, ssdp::GATEWAY),
+                IpAddr::V6(_) => (ssdp::GROUP_V6, ssdp::FIREWALL),
+            };
+            let everybody = Network { gateway: group, ..network }.gateway_at(ssdp::PORT);
+            for target in [wanted, ssdp::GATEWAY_2] {
+                self.send(everybody, ssdp::search(group, target));
             }
-            for target in [ssdp::GATEWAY, ssdp::ALL] {
-                self.send(gateway, ssdp::search(target));
+            for target in [wanted, ssdp::ALL] {
+                self.send(network.gateway_at(ssdp::PORT), ssdp::search(group, target));
             }
         }
     }
@@ -137,9 +141,6 @@ impl Mapper {
 
     pub(super) fn handle_search_answer(&mut self, now: Instant, datagram: &[u8]) -> Result<(), Reject> {
         let found = ssdp::answer(datagram)?;
-        if self.network.is_none_or(|network| network.gateway.is_ipv6()) {
-            return Err(Reject::Unasked);
-        }
         self.found.add(found);
         self.heard(now, Protocol::Upnp);
         Ok(())

@@ -70,7 +70,10 @@ impl Mapper {
                 let Some(lease) = &self.lease else { return };
                 let Some(service) = &lease.service else { return };
                 let remote = network.gateway_at(service.control.port);
-                let delete = Action::DeletePortMapping { external_port: lease.external.port() };
+                let delete = match lease.pinhole {
+                    Some(id) => Action::DeletePinhole { id },
+                    None => Action::DeletePortMapping { external_port: lease.external.port() },
+                };
                 let request = soap::call(remote, service, &delete);
                 let exchange = self.exchange(remote, request);
                 self.add_release(now, remote, Kind::Upnp { exchange });

@@ -1,4 +1,5 @@
-//! Asking a UPnP gateway: its description, its external address, a mapping; one HTTP exchange after the other.
+//! Asking a UPnP gateway, one HTTP exchange after the other: its description, its external address, a mapping; or for an
+//! IPv6 address a pinhole in its firewall, which is extended by its number as long as the gateway knows that.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use super::{ExchangeId, Mapper, Protocol, Timer};
 use crate::portmap::http::{self, Url};
 use crate::portmap::ssdp;
 use crate::portmap::status::Refusal;
-use crate::portmap::upnp::{Action, Answer, Fault, PortMapping, Service, ServiceKind, services};
+use crate::portmap::upnp::{Action, Answer, Fault, Pinhole, PortMapping, Service, ServiceKind, services};
 
 /// How long one exchange may take.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -60,6 +61,10 @@ enum Step {
     Address(usize),
     /// Asking it for a mapping.
     Add(usize, Ipv4Addr),
+    /// Asking it for a pinhole.
+    Open(usize),
+    /// Asking it to keep the pinhole of this number open.
+    Extend(usize, u16),
 }
 
 /// A request under way.
@@ -79,7 +84,11 @@ pub(super) struct SoapAsk {
 
 impl Mapper {
     pub(super) fn start_soap(&mut self, now: Instant) {
-        let step = if self.found.services.is_empty() { Step::Describe(0) } else { Step::Address(0) };
+        if self.is_firewall() && self.config.exactly.is_some_and(|wanted| Some(wanted) != self.port) {
+            // A pinhole translates nothing.
+            return self.refused(now, Protocol::Upnp, Refusal::PortTaken, None);
+        }
+        let step = if self.found.services.is_empty() { Step::Describe(0) } else { self.first_step(0) };
         self.ask = Some(Ask::Upnp(SoapAsk {
             step,
             exchange: ExchangeId(0),
@@ -90,6 +99,19 @@ impl Mapper {
             why: Refusal::NoAddress,
         }));
         self.take_step(now, step);
+    }
+
+    fn is_firewall(&self) -> bool {
+        self.network.is_some_and(|network| network.client.is_ipv6())
+    }
+
+    /// What this service is asked first.
+    fn first_step(&self, service: usize) -> Step {
+        match self.lease.as_ref().and_then(|lease| lease.pinhole) {
+            Some(id) if service == 0 => Step::Extend(service, id),
+            Some(_) | None if self.is_firewall() => Step::Open(service),
+            Some(_) | None => Step::Address(service),
+        }
     }
 
     /// Goes to `step`, or to what comes instead if its device or service does not exist.
@@ -108,6 +130,14 @@ impl Mapper {
             Step::Add(service, _) => self.found.services.get(service).and_then(|service| {
                 let remote = network.gateway_at(service.control.port);
                 Some((remote, call(remote, service, &self.add_action(service)?)))
+            }),
+            Step::Open(service) => self.found.services.get(service).and_then(|service| {
+                let remote = network.gateway_at(service.control.port);
+                Some((remote, call(remote, service, &self.open_action()?)))
+            }),
+            Step::Extend(service, id) => self.found.services.get(service).map(|service| {
+                let remote = network.gateway_at(service.control.port);
+                (remote, call(remote, service, &Action::UpdatePinhole { id, lease: self.hole_lifetime() }))
             }),
         };
         let Some((remote, request)) = request else {
@@ -135,13 +165,24 @@ impl Mapper {
         Some(if any { Action::AddAnyPortMapping(map) } else { Action::AddPortMapping(map) })
     }
 
+    fn open_action(&self) -> Option<Action> {
+        let IpAddr::V6(client) = self.network?.client else { return None };
+        Some(Action::AddPinhole(Pinhole { client, port: self.port?, lease: self.hole_lifetime() }))
+    }
+
+    fn hole_lifetime(&self) -> u32 {
+        self.lifetime().min(Pinhole::MAX_LEASE)
+    }
+
     /// The exchange under way came to nothing.
     pub(super) fn soap_failed(&mut self, now: Instant) {
         let Some(Ask::Upnp(ask)) = &mut self.ask else { return };
         ask.why = Refusal::Silent;
         let next = match ask.step {
             Step::Describe(device) => Step::Describe(device + 1),
-            Step::Address(service) | Step::Add(service, _) => Step::Address(service + 1),
+            Step::Address(service) | Step::Add(service, _) | Step::Open(service) | Step::Extend(service, _) => {
+                self.first_step(service + 1)
+            }
         };
         self.take_step(now, next);
     }
@@ -173,20 +214,36 @@ impl Mapper {
                 Ok(answer) => self.added(now, service, address, answer.reserved_port),
                 Err(fault) => self.not_added(now, service, address, fault),
             },
+            Step::Open(service) => match Answer::decode(response.status, &response.body) {
+                Ok(Answer { pinhole: Some(id), .. }) => self.opened(now, service, id),
+                Ok(_) => self.soap_failed(now),
+                Err(fault) => {
+                    ask.why = refusal(fault);
+                    let next = self.first_step(service + 1);
+                    self.take_step(now, next);
+                }
+            },
+            Step::Extend(service, id) => match Answer::decode(response.status, &response.body) {
+                Ok(_) => self.opened(now, service, id),
+                // It has forgotten the number, or given it to another.
+                Err(_) => self.take_step(now, Step::Open(service)),
+            },
         }
     }
 
     fn described(&mut self, now: Instant, device: usize, response: &http::Response) {
         let location: Option<Url> = self.found.devices.get(device).map(|device| device.location.clone());
-        let found = match location {
+        let mut found = match location {
             Some(location) if response.status == 200 => services(&response.body, &location),
             _ => Vec::new(),
         };
+        found.retain(|service| (service.kind == ServiceKind::Firewall6) == self.is_firewall());
         if found.is_empty() {
             return self.soap_failed(now);
         }
         self.found.services = found;
-        self.take_step(now, Step::Address(0));
+        let next = self.first_step(0);
+        self.take_step(now, next);
     }
 
     fn added(&mut self, now: Instant, service: usize, address: Ipv4Addr, reserved: Option<u16>) {
@@ -195,7 +252,15 @@ impl Mapper {
         let lifetime = (!ask.permanent).then_some(self.config.lifetime);
         let service = self.found.services.get(service).cloned();
         let external = SocketAddr::new(address.into(), port);
-        self.granted(now, Grant { protocol: Protocol::Upnp, external, lifetime, service });
+        self.granted(now, Grant { protocol: Protocol::Upnp, external, lifetime, service, pinhole: None });
+    }
+
+    fn opened(&mut self, now: Instant, service: usize, id: u16) {
+        let (Some(network), Some(port)) = (self.network, self.port) else { return };
+        let lifetime = Some(Duration::from_secs(self.hole_lifetime().into()));
+        let service = self.found.services.get(service).cloned();
+        let external = SocketAddr::new(network.client, port);
+        self.granted(now, Grant { protocol: Protocol::Upnp, external, lifetime, service, pinhole: Some(id) });
     }
 
     /// Tries what the fault hints at, if that has not been tried.
@@ -232,6 +297,10 @@ impl Mapper {
             | Fault::InvalidArguments
             | Fault::ActionFailed
             | Fault::NotAuthorized
+            | Fault::NoPinholes
+            | Fault::FirewallOff
+            | Fault::PinholesOff
+            | Fault::UnknownPinhole
             | Fault::Conflict
             | Fault::SamePorts
             | Fault::OnlyPermanent
@@ -250,10 +319,12 @@ pub(super) fn call(remote: SocketAddr, service: &Service, action: &Action) -> Ve
 
 fn refusal(fault: Fault) -> Refusal {
     match fault {
-        Fault::NotAuthorized => Refusal::NotAuthorized,
+        Fault::NotAuthorized | Fault::PinholesOff => Refusal::NotAuthorized,
         Fault::Conflict | Fault::ConflictWithOther => Refusal::PortTaken,
-        Fault::NoPortMaps => Refusal::Full,
+        Fault::NoPortMaps | Fault::NoPinholes => Refusal::Full,
         Fault::InvalidAction
+        | Fault::FirewallOff
+        | Fault::UnknownPinhole
         | Fault::InvalidArguments
         | Fault::ActionFailed
         | Fault::SamePorts

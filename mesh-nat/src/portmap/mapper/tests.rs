@@ -114,7 +114,7 @@ impl World {
         let source = SocketAddr::new(self.client, 55555);
         match item {
             Item::Ask(remote, datagram) => {
-                let to: Vec<_> = match remote.ip() == ssdp::GROUP {
+                let to: Vec<_> = match [ssdp::GROUP, ssdp::GROUP_V6].contains(&remote.ip()) {
                     true => self.gateways.keys().copied().collect(),
                     false => vec![remote.ip()],
                 };
@@ -531,23 +531,64 @@ fn nobody_but_the_gateway_is_listened_to() {
     assert_eq!(world.run(secs(5)).upnp, Some(false));
 }
 
-#[test]
-fn pcp_opens_a_pinhole_for_an_ipv6_address() {
+/// A node with an IPv6 address, the firewall in front of it, and what it wants to be open.
+fn behind_firewall(protocols: &[Protocol], quirks: Quirks) -> (World, SocketAddr) {
     let mut world = World::idle(Config::default(), 7);
     world.client = ip("2001:db8::7");
-    let config = gateway::Config::new(ip("fe80::1"), OUTSIDE);
+    let mut config = gateway::Config::new(ip("fe80::1"), OUTSIDE).speaking(protocols);
+    config.quirks = quirks;
     world.gateways.insert(config.inside, Gateway::new(world.now, config));
     let network = Network { gateway: ip("fe80::1"), scope: 3, client: world.client };
     assert_eq!(network.gateway_at(5351).to_string(), "[fe80::1%3]:5351");
     world.mapper.set_network(world.now, Some(network));
     world.mapper.set_port(world.now, Some(PORT));
     let inside = SocketAddr::new(world.client, PORT);
-    assert_eq!(world.run(secs(5)).endpoint(), Some(inside));
-    let now = world.now;
-    assert!(world.gateways[&ip("fe80::1")].is_open(now, inside));
-    world.mapper.close(now);
-    world.run(secs(1));
-    assert!(world.closed && !world.gateways[&ip("fe80::1")].is_open(now, inside));
+    (world, inside)
+}
+
+#[test]
+fn a_pinhole_for_an_ipv6_address_is_opened_kept_and_closed() {
+    for protocol in [Protocol::Pcp, Protocol::Upnp] {
+        let (mut world, inside) = behind_firewall(&[protocol], Quirks::default());
+        let status = world.run(secs(5));
+        assert_eq!((status.mapping.unwrap().protocol, status.endpoint()), (protocol, Some(inside)));
+        let told = world.told.len();
+        for _ in 0..10 {
+            world.run(secs(3600));
+            assert!(world.gateways[&ip("fe80::1")].is_open(world.now, inside), "{protocol}");
+        }
+        assert_eq!(world.told.len(), told, "{protocol}: nothing has changed for others");
+        let now = world.now;
+        world.gateways.get_mut(&ip("fe80::1")).unwrap().restart(now);
+        world.run(secs(1205));
+        assert!(world.gateways[&ip("fe80::1")].is_open(world.now, inside), "{protocol}: opened again");
+        let now = world.now;
+        world.mapper.close(now);
+        world.run(secs(1));
+        assert!(world.closed && !world.gateways[&ip("fe80::1")].is_open(now, inside));
+    }
+}
+
+#[test]
+fn a_firewall_that_refuses_pcp_is_asked_by_upnp_and_one_that_cannot_open_is_told() {
+    let quirks = Quirks { refuses: vec![Protocol::Pcp], ..Quirks::default() };
+    let (mut world, inside) = behind_firewall(&Protocol::ALL, quirks);
+    let status = world.run(secs(5));
+    assert_eq!((status.mapping.unwrap().protocol, status.endpoint()), (Protocol::Upnp, Some(inside)));
+    // The first version has no firewall service, and answers to no search for it.
+    let (mut world, _) = behind_firewall(&[Protocol::Upnp], Quirks { first_version: true, ..Quirks::default() });
+    let status = world.run(secs(20));
+    assert!(status.mapping.is_none() && status.problem.is_some(), "{status:?}");
+}
+
+#[test]
+fn a_gateway_may_answer_a_search_from_its_address_in_our_subnet() {
+    let (mut world, _) = behind_firewall(&[], Quirks::default());
+    let answer = ssdp::respond("[2001:db8::1]:5000".parse().unwrap(), "/description.xml", ssdp::FIREWALL);
+    let from = |address: &str| SocketAddr::new(ip(address), ssdp::PORT);
+    assert_eq!(world.mapper.handle_datagram(world.now, from("2001:db8:0:1::1"), &answer), Err(Reject::Stranger));
+    assert_eq!(world.mapper.handle_datagram(world.now, from("2001:db8::1"), &answer), Ok(()));
+    assert_eq!(world.mapper.status().upnp, Some(true));
 }
 
 #[test]
