@@ -1,7 +1,7 @@
-//! Port mappings over real sockets on loopback: our driver against our gateway, and Debian's `natpmpc` and `upnpc` against
-//! it (`cargo test -p mesh-nat --test portmap_sockets -- --ignored`).
+//! Port mappings over real sockets on loopback: our gateway serves our driver, the crates `crab_nat` and `igd-next`, and
+//! Debian's `natpmpc` and `upnpc` (`cargo test -p mesh-nat --test portmap_sockets -- --ignored`).
 //!
-//! Gateways have fixed ports, so each test gives its gateway a loopback address of its own.
+//! Gateways have fixed ports, so each test gives its gateway a loopback address of its own. IPv6 has only one.
 
 #![cfg(all(feature = "sim", feature = "tokio", target_os = "linux"))]
 #![allow(
@@ -11,13 +11,16 @@
     reason = "tests fail by panicking and read the real clock"
 )]
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
+use std::num::NonZeroU16;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crab_nat::{InternetProtocol, PortMapping, PortMappingOptions, PortMappingType};
+use igd_next::{PortMappingProtocol, SearchOptions};
 use mesh_nat::driver::PortMapper;
 use mesh_nat::portmap::gateway::{Config as GatewayConfig, Gateway, HTTP_PORT, Quirks};
 use mesh_nat::portmap::{Config, Event, Network, Protocol, Status, pcp, ssdp};
@@ -38,7 +41,10 @@ impl Served {
     /// `number` keeps the tests of this file apart, the process id those of other runs.
     fn start(number: u8, protocols: &[Protocol], quirks: Quirks) -> Self {
         let [.., high, low] = std::process::id().to_be_bytes();
-        let address = IpAddr::from([127, 10 + number, high, low.clamp(1, 254)]);
+        Self::at(IpAddr::from([127, 10 + number, high, low.clamp(1, 254)]), protocols, quirks)
+    }
+
+    fn at(address: IpAddr, protocols: &[Protocol], quirks: Quirks) -> Self {
         let mut config = GatewayConfig::new(address, OUTSIDE).speaking(protocols);
         config.quirks = quirks;
         let served =
@@ -51,7 +57,7 @@ impl Served {
     }
 
     fn serve_udp(&self, port: u16) {
-        let socket = UdpSocket::bind((self.address, port)).unwrap();
+        let socket = bound(|| UdpSocket::bind((self.address, port)));
         socket.set_read_timeout(Some(TICK)).unwrap();
         let (core, over) = (Arc::clone(&self.core), Arc::clone(&self.over));
         std::thread::spawn(move || {
@@ -67,7 +73,7 @@ impl Served {
     }
 
     fn serve_http(&self) {
-        let listener = TcpListener::bind((self.address, HTTP_PORT)).unwrap();
+        let listener = bound(|| TcpListener::bind((self.address, HTTP_PORT)));
         listener.set_nonblocking(true).unwrap();
         let (core, over) = (Arc::clone(&self.core), Arc::clone(&self.over));
         std::thread::spawn(move || {
@@ -95,8 +101,25 @@ impl Served {
         self.core.lock().unwrap().inside(Instant::now(), port)
     }
 
+    fn is_open(&self, inside: SocketAddr) -> bool {
+        self.core.lock().unwrap().is_open(Instant::now(), inside)
+    }
+
     fn count(&self) -> usize {
         self.core.lock().unwrap().count(Instant::now())
+    }
+}
+
+/// Binds, and waits for another run of these tests to let go of the address.
+fn bound<T>(bind: impl Fn() -> std::io::Result<T>) -> T {
+    let began = Instant::now();
+    loop {
+        match bind() {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && began.elapsed() < Duration::from_secs(10) => {
+                std::thread::sleep(TICK);
+            }
+            outcome => return outcome.unwrap(),
+        }
     }
 }
 
@@ -107,8 +130,9 @@ impl Drop for Served {
 }
 
 fn mapper(gateway: IpAddr, port: u16) -> PortMapper {
+    let client = if gateway.is_ipv6() { gateway } else { CLIENT };
     let mut mapper = PortMapper::new(Config::default(), [9; 32], None, Box::new(Instant::now));
-    mapper.set_network(Some(Network { gateway, scope: 0, client: CLIENT }));
+    mapper.set_network(Some(Network { gateway, scope: 0, client }));
     mapper.set_port(Some(port));
     mapper
 }
@@ -137,6 +161,97 @@ async fn each_protocol_gives_a_mapping_over_real_sockets_and_takes_it_back() {
         assert_eq!(served.inside(41641), Some(SocketAddr::new(CLIENT, 41641)));
         mapper.close().await;
         assert_eq!(served.count(), 0, "{protocol}");
+    }
+}
+
+/// One test, because all of its gateways have the same address.
+#[tokio::test]
+async fn pinholes_are_opened_over_real_sockets_by_our_driver_and_by_another_client() {
+    let gateway = IpAddr::V6(Ipv6Addr::LOCALHOST);
+    if UdpSocket::bind((gateway, 0)).is_err() {
+        println!("SKIPPED: this host has no IPv6");
+        return;
+    }
+    let inside = SocketAddr::new(gateway, 41641);
+    for protocol in [Protocol::Pcp, Protocol::Upnp] {
+        let served = Served::at(gateway, &[protocol], Quirks::default());
+        let mut mapper = mapper(gateway, inside.port());
+        let status = until(&mut mapper, |status| status.mapping.is_some()).await;
+        let mapping = status.mapping.unwrap();
+        assert_eq!((mapping.protocol, mapping.external), (protocol, inside));
+        assert!(served.is_open(inside), "{protocol}");
+        mapper.close().await;
+        assert_eq!(served.count(), 0, "{protocol}");
+    }
+
+    let served = Served::at(gateway, &[Protocol::Upnp], Quirks::default());
+    let firewall = igd_next::search_ipv6_firewall_gateway(search_at(gateway)).unwrap();
+    let client = SocketAddrV6::new(Ipv6Addr::LOCALHOST, inside.port(), 0, 0);
+    let id = firewall.add_pinhole(PortMappingProtocol::UDP, client, 60).unwrap();
+    assert!(served.is_open(inside));
+    firewall.update_pinhole(id, 120).unwrap();
+    firewall.remove_pinhole(id).unwrap();
+    assert_eq!(served.count(), 0);
+    assert!(firewall.update_pinhole(id, 60).is_err(), "it is gone");
+}
+
+#[tokio::test]
+async fn another_client_of_pcp_and_nat_pmp_is_served() {
+    for (number, protocol) in [(8, Protocol::Pcp), (9, Protocol::NatPmp)] {
+        let served = Served::start(number, &[protocol], Quirks { taken: vec![5000], ..Quirks::default() });
+        let port = NonZeroU16::new(41641).unwrap();
+        let options = PortMappingOptions {
+            external_port: NonZeroU16::new(5000),
+            lifetime_seconds: Some(60),
+            ..PortMappingOptions::default()
+        };
+        // It asks for PCP first, and takes a refusal of that version for an invitation to NAT-PMP.
+        let asked = PortMapping::new(served.address.into(), CLIENT, InternetProtocol::Udp, port, options);
+        let mut mapping = asked.await.unwrap();
+        match mapping.mapping_type() {
+            PortMappingType::Pcp { external_ip, .. } => {
+                assert_eq!((protocol, external_ip), (Protocol::Pcp, IpAddr::V4(OUTSIDE)));
+            }
+            PortMappingType::NatPmp => assert_eq!(protocol, Protocol::NatPmp),
+        }
+        // Asked for 5000, which is taken; given the private port.
+        assert_eq!((mapping.external_port(), mapping.lifetime()), (port, 60));
+        assert_eq!(served.inside(41641), Some(SocketAddr::new(CLIENT, 41641)));
+        mapping.renew().await.unwrap();
+        assert_eq!((mapping.external_port(), served.count()), (port, 1), "{protocol}: renewed, not made anew");
+        mapping.try_drop().await.unwrap();
+        assert_eq!(served.count(), 0, "{protocol}");
+    }
+    let served = Served::start(10, &[Protocol::NatPmp], Quirks::default());
+    let seen = crab_nat::natpmp::external_address(served.address.into(), None).await.unwrap();
+    assert_eq!(seen, OUTSIDE);
+}
+
+fn search_at(gateway: IpAddr) -> SearchOptions {
+    let mut options = SearchOptions::default();
+    options.broadcast_address = SocketAddr::new(gateway, ssdp::PORT);
+    // It does not trust loopback addresses that answer, unless told to.
+    options.allowed_gateway_ips = vec![gateway];
+    options.bind_addr = SocketAddr::new(if gateway.is_ipv6() { gateway } else { CLIENT }, 0);
+    options
+}
+
+#[test]
+fn another_client_of_upnp_is_served() {
+    for (number, first_version) in [(11, true), (12, false)] {
+        let served = Served::start(number, &[Protocol::Upnp], Quirks { first_version, ..Quirks::default() });
+        let gateway = igd_next::search_gateway(search_at(served.address)).unwrap();
+        assert_eq!(gateway.get_external_ip().unwrap(), IpAddr::V4(OUTSIDE));
+        let (first, second) = (SocketAddr::new(CLIENT, 41641), SocketAddr::new(CLIENT, 41642));
+        gateway.add_port(PortMappingProtocol::UDP, 5000, first, 60, "test").unwrap();
+        assert_eq!(served.inside(5000), Some(first));
+        assert!(gateway.add_port(PortMappingProtocol::UDP, 5000, second, 60, "test").is_err(), "it is taken");
+        let any = gateway.add_any_port(PortMappingProtocol::UDP, second, 60, "test").unwrap();
+        assert_eq!(served.inside(any), Some(second));
+        for port in [5000, any] {
+            gateway.remove_port(PortMappingProtocol::UDP, port).unwrap();
+        }
+        assert_eq!(served.count(), 0);
     }
 }
 
