@@ -321,8 +321,8 @@ impl Netcheck {
         let Some(run) = self.run.as_mut().filter(|run| run.probing.is_none()) else { return };
         while let Some(step) = run.steps.front().filter(|step| run.started + step.after <= now).copied() {
             run.steps.pop_front();
-            let socket = self.sockets.iter().find(|(_, family)| *family == step.family).map(|(socket, _)| *socket);
-            if let (Some(socket), Server::At(server)) = (socket, run.server(&step, &self.names))
+            if let (Some(socket), Server::At(server)) =
+                (first(&self.sockets, step.family), run.server(&step, &self.names))
                 && run.helps(&step, server)
             {
                 let tx = TransactionId::generate(&mut self.rng);
@@ -357,21 +357,28 @@ impl Netcheck {
     /// Latencies and addresses are known: chooses a home, and goes on with what the NAT does.
     fn locate(&mut self, now: Instant) {
         let main = self.socket(Family::V4);
-        let Some(run) = &mut self.run else { return };
+        let Some(mut run) = self.run.take() else { return };
         run.conclude(self.last.as_ref());
         run.report.took = now.saturating_duration_since(run.started);
         self.history.add(now, run.report.region_latency.clone());
-        run.report.preferred = self.history.choose(now, run.started, &run.map, self.home, self.forced);
-        self.home = run.report.preferred.or(self.home);
+        self.choose_home(now, run.started, &run.map, &mut run.report);
         let servers = main.map(|main| run.references(main)).unwrap_or_default();
-        match main {
-            Some(main) if run.full && !servers.is_empty() => {
-                run.probing = Some(Probing::new(now, main, servers));
-                self.events.push_back(Event::Located(run.report.clone()));
-                self.events.push_back(Event::WantSockets { count: probing::SOCKETS });
-            }
-            Some(_) | None => self.finish(now),
+        let main = main.filter(|_| run.full && !servers.is_empty());
+        if let Some(main) = main {
+            run.probing = Some(Probing::new(now, main, servers));
+            self.events.push_back(Event::Located(run.report.clone()));
+            self.events.push_back(Event::WantSockets { count: probing::SOCKETS });
         }
+        self.run = Some(run);
+        if main.is_none() {
+            self.finish(now);
+        }
+    }
+
+    /// Chooses a home by what a report that began at `started` has found.
+    fn choose_home(&mut self, now: Instant, started: Instant, map: &DerpMap, report: &mut Report) {
+        report.preferred = self.history.choose(now, started, map, self.home, self.forced);
+        self.home = report.preferred.or(self.home);
     }
 
     /// Goes on with the questions that need sockets of their own.
@@ -400,8 +407,7 @@ impl Netcheck {
             run.report.nat_v4.hairpin = probing.hairpin();
             run.report.nat_v4.filtering = probing.filtering();
             self.history.amend(run.report.region_latency.clone());
-            run.report.preferred = self.history.choose(now, run.started, &run.map, self.home, self.forced);
-            self.home = run.report.preferred.or(self.home);
+            self.choose_home(now, run.started, &run.map, &mut run.report);
         }
         let mut report = run.report;
         report.took = now.saturating_duration_since(run.started);
@@ -421,16 +427,17 @@ impl Netcheck {
 
     /// Takes an answer that comes after a report that found nothing at all.
     fn amend(&mut self, now: Instant, region: RegionId, measured: Option<(Duration, Family)>) {
-        let (Some(late), Some(report)) = (&mut self.late, &mut self.last) else { return };
+        let (Some(late), Some(last)) = (&mut self.late, &self.last) else { return };
         if !late.pending.remove(&region) || measured.is_none() {
             return;
         }
-        note_https(report, region, measured);
+        let (started, map, mut report) = (late.started, Arc::clone(&late.map), last.clone());
+        note_https(&mut report, region, measured);
         self.history.amend(report.region_latency.clone());
-        report.preferred = self.history.choose(now, late.started, &late.map, self.home, self.forced);
-        report.took = now.saturating_duration_since(late.started);
-        self.home = report.preferred.or(self.home);
-        self.events.push_back(Event::Finished(report.clone()));
+        self.choose_home(now, started, &map, &mut report);
+        report.took = now.saturating_duration_since(started);
+        self.last = Some(report.clone());
+        self.events.push_back(Event::Finished(report));
     }
 
     // Outputs
@@ -459,8 +466,13 @@ impl Netcheck {
     }
 
     fn socket(&self, family: Family) -> Option<SocketId> {
-        self.sockets.iter().find(|(_, other)| *other == family).map(|(socket, _)| *socket)
+        first(&self.sockets, family)
     }
+}
+
+/// The socket of a family that asks.
+fn first(sockets: &[(SocketId, Family)], family: Family) -> Option<SocketId> {
+    sockets.iter().find(|(_, other)| *other == family).map(|(socket, _)| *socket)
 }
 
 fn note_https(report: &mut Report, region: RegionId, measured: Option<(Duration, Family)>) {

@@ -26,6 +26,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::{Index, IndexMut};
 use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
@@ -132,6 +133,24 @@ enum Standing {
     Refused(Refusal),
 }
 
+/// One for each protocol.
+#[derive(Debug, Clone, Copy)]
+struct Each<T>([T; Protocol::ALL.len()]);
+
+impl<T> Index<Protocol> for Each<T> {
+    type Output = T;
+
+    fn index(&self, protocol: Protocol) -> &T {
+        &self.0[protocol as usize]
+    }
+}
+
+impl<T> IndexMut<Protocol> for Each<T> {
+    fn index_mut(&mut self, protocol: Protocol) -> &mut T {
+        &mut self.0[protocol as usize]
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Lease {
     protocol: Protocol,
@@ -159,10 +178,11 @@ pub struct Mapper {
     nonce: Nonce,
     /// The external port that we had last.
     former: Option<u16>,
-    standings: [Standing; 3],
+    standings: Each<Standing>,
     /// What the gateway speaks, as far as any round has told.
-    spoken: [Option<bool>; 3],
-    epochs: [Epoch; 2],
+    spoken: Each<Option<bool>>,
+    /// UPnP has none.
+    epochs: Each<Epoch>,
     nat_pmp_address: Option<Ipv4Addr>,
     probe: Option<probe::Probe>,
     found: soap::Found,
@@ -193,9 +213,9 @@ impl Mapper {
             port: None,
             reflexive: None,
             former: None,
-            standings: [Standing::Unknown; 3],
-            spoken: [None; 3],
-            epochs: [Epoch::default(); 2],
+            standings: Each([Standing::Unknown; 3]),
+            spoken: Each([None; 3]),
+            epochs: Each([Epoch::default(); 3]),
             nat_pmp_address: None,
             probe: None,
             found: soap::Found::default(),
@@ -218,7 +238,6 @@ impl Mapper {
     /// What is known.
     #[must_use]
     pub fn status(&self) -> Status {
-        let speaks = |protocol: Protocol| self.spoken[protocol as usize];
         let mapping = self.lease.as_ref().map(|lease| Mapping {
             protocol: lease.protocol,
             internal_port: lease.internal_port,
@@ -226,9 +245,9 @@ impl Mapper {
             double_nat: !is_public(lease.external.ip()) && self.reflexive != Some(lease.external.ip()),
         });
         Status {
-            pcp: speaks(Protocol::Pcp),
-            nat_pmp: speaks(Protocol::NatPmp),
-            upnp: speaks(Protocol::Upnp),
+            pcp: self.spoken[Protocol::Pcp],
+            nat_pmp: self.spoken[Protocol::NatPmp],
+            upnp: self.spoken[Protocol::Upnp],
             mapping,
             problem: self.problem.filter(|_| mapping.is_none()),
         }
@@ -257,16 +276,15 @@ impl Mapper {
         let same_client = self.network.map(|network| network.client) == network.map(|network| network.client);
         if same_client {
             self.release(now);
-        }
-        if !same_client {
+        } else {
             self.releases.clear();
         }
         self.forget();
         self.network = network;
         self.former = None;
         self.found = soap::Found::default();
-        self.spoken = [None; 3];
-        self.epochs = [Epoch::default(); 2];
+        self.spoken = Each([None; 3]);
+        self.epochs = Each([Epoch::default(); 3]);
         self.nat_pmp_address = None;
         self.wait = RETRY_FIRST;
         self.start(now);
@@ -383,7 +401,7 @@ impl Mapper {
     /// Ends whatever is under way.
     fn forget(&mut self) {
         (self.probe, self.ask, self.lease, self.problem) = (None, None, None, None);
-        self.standings = [Standing::Unknown; 3];
+        self.standings = Each([Standing::Unknown; 3]);
         self.timers = TimerTable::new();
     }
 
@@ -434,7 +452,7 @@ impl Mapper {
             }
             return self.lost(now);
         }
-        self.standings[protocol as usize] = Standing::Refused(why);
+        self.standings[protocol] = Standing::Refused(why);
         if let Some(wait) = wait {
             self.wait = self.wait.max(wait.min(RETRY_LAST));
         }
@@ -472,7 +490,7 @@ impl Mapper {
         if self.timers.is_set(Timer::Retry) {
             return;
         }
-        let last = Protocol::ALL.into_iter().rev().find_map(|protocol| match self.standings[protocol as usize] {
+        let last = Protocol::ALL.into_iter().rev().find_map(|protocol| match self.standings[protocol] {
             Standing::Refused(why) => Some(Problem::Refused(protocol, why)),
             Standing::Unknown | Standing::Absent | Standing::Present(_) => None,
         });
@@ -505,7 +523,7 @@ impl Mapper {
 
     /// Tells what has changed.
     fn settle(&mut self) {
-        for (spoken, standing) in self.spoken.iter_mut().zip(self.standings) {
+        for (spoken, standing) in self.spoken.0.iter_mut().zip(self.standings.0) {
             match standing {
                 Standing::Unknown => {}
                 Standing::Absent => *spoken = Some(false),

@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
 
+use super::pcp::SERVER_PORT;
+
 /// The ways to ask for a mapping, the preferred first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
@@ -65,6 +67,11 @@ impl Network {
             IpAddr::V4(_) => SocketAddr::new(self.gateway, port),
             IpAddr::V6(v6) => SocketAddrV6::new(v6, port, 0, self.scope).into(),
         }
+    }
+
+    /// Where it hears PCP and NAT-PMP.
+    pub(super) fn server(&self) -> SocketAddr {
+        self.gateway_at(SERVER_PORT)
     }
 
     /// Whether what `address` says about a device may be the gateway's word: an IPv6 gateway that is asked at its

@@ -484,7 +484,9 @@ mod tests {
             let text = answer.encode(&Action::GetExternalIpAddress, "urn:x");
             assert_eq!(Answer::decode(200, text.as_bytes()), Ok(answer));
         }
-        for fault in [Fault::Conflict, Fault::OnlyPermanent, Fault::InvalidArguments, Fault::UnknownPinhole, Fault::Other(999)] {
+        for fault in
+            [Fault::Conflict, Fault::OnlyPermanent, Fault::InvalidArguments, Fault::UnknownPinhole, Fault::Other(999)]
+        {
             assert_eq!(Answer::decode(500, fault.encode().as_bytes()), Err(fault));
         }
         assert_eq!(Answer::decode(404, b"<html>"), Err(Fault::Other(0)));

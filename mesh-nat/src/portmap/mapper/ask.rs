@@ -73,7 +73,7 @@ impl Mapper {
 
     fn send_ask(&mut self, now: Instant) {
         let (Some(network), Some(port)) = (self.network, self.port) else { return };
-        let server = network.gateway_at(pcp::SERVER_PORT);
+        let server = network.server();
         let (external_port, lifetime) = (self.wanted_port(), self.lifetime());
         let tries = match &mut self.ask {
             Some(Ask::Pcp { tries }) => {

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::ask::nat_pmp_refusal;
-use super::{Mapper, Network, Protocol, Reject, Standing, Timer, epoch};
+use super::{Each, Mapper, Network, Protocol, Reject, Standing, Timer, epoch};
 use crate::portmap::pcp::{self, Body, ResultCode};
 use crate::portmap::status::Refusal;
 use crate::portmap::{nat_pmp, ssdp};
@@ -28,9 +28,9 @@ pub(super) struct Probe {
 
 impl Mapper {
     pub(super) fn start_probe(&mut self, now: Instant, network: Network) {
-        self.standings = [Standing::Unknown; 3];
+        self.standings = Each([Standing::Unknown; 3]);
         if network.gateway.is_ipv6() {
-            self.standings[Protocol::NatPmp as usize] = Standing::Absent;
+            self.standings[Protocol::NatPmp] = Standing::Absent;
         }
         self.found.search_again();
         self.probe = Some(Probe { started: now, step: 0 });
@@ -40,8 +40,8 @@ impl Mapper {
     }
 
     fn send_probes(&mut self, network: Network) {
-        let unknown = |mapper: &Self, protocol: Protocol| mapper.standings[protocol as usize] == Standing::Unknown;
-        let server = network.gateway_at(pcp::SERVER_PORT);
+        let unknown = |mapper: &Self, protocol: Protocol| mapper.standings[protocol] == Standing::Unknown;
+        let server = network.server();
         if unknown(self, Protocol::Pcp) {
             self.send(server, announce(network));
         }
@@ -66,7 +66,7 @@ impl Mapper {
     pub(super) fn probe_step(&mut self, now: Instant) {
         let (Some(probe), Some(network)) = (&mut self.probe, self.network) else { return };
         probe.step += 1;
-        let known = !self.standings.contains(&Standing::Unknown);
+        let known = !self.standings.0.contains(&Standing::Unknown);
         match STEPS.get(probe.step).filter(|_| !known) {
             Some(step) => {
                 self.timers.set(Timer::Probe, now + *step);
@@ -74,7 +74,7 @@ impl Mapper {
             }
             None => {
                 self.probe = None;
-                for standing in &mut self.standings {
+                for standing in &mut self.standings.0 {
                     if *standing == Standing::Unknown {
                         *standing = Standing::Absent;
                     }
@@ -86,7 +86,7 @@ impl Mapper {
 
     /// Notes that the gateway speaks `protocol`, unless more is known already.
     pub(super) fn heard(&mut self, now: Instant, protocol: Protocol) {
-        let standing = &mut self.standings[protocol as usize];
+        let standing = &mut self.standings[protocol];
         if matches!(standing, Standing::Unknown | Standing::Absent) {
             *standing = Standing::Present(now);
         }
@@ -101,7 +101,7 @@ impl Mapper {
         let started = self.probe.as_ref().map(|probe| probe.started);
         let mut open = false;
         for protocol in Protocol::ALL {
-            match self.standings[protocol as usize] {
+            match self.standings[protocol] {
                 Standing::Unknown => open = true,
                 Standing::Absent | Standing::Refused(_) => {}
                 Standing::Present(since) => {
@@ -130,7 +130,7 @@ impl Mapper {
     /// Asks the gateway that holds our mapping whether it still has its state. No answer is none.
     pub(super) fn check(&mut self, now: Instant) {
         let (Some(lease), Some(network)) = (&self.lease, self.network) else { return };
-        let server = network.gateway_at(pcp::SERVER_PORT);
+        let server = network.server();
         match lease.protocol {
             Protocol::Pcp => self.send(server, announce(network)),
             Protocol::NatPmp => self.send(server, nat_pmp::Request::Address.encode()),
@@ -197,13 +197,13 @@ impl Mapper {
     /// protocols start together, and not all of them announce it: miniupnpd does by PCP alone. So any of them counts, even
     /// one that was never heard before.
     fn has_kept(&mut self, now: Instant, protocol: Protocol, epoch: u32) -> bool {
-        let goes_on = self.epochs[protocol as usize].observe(now, epoch);
+        let goes_on = self.epochs[protocol].observe(now, epoch);
         goes_on && self.lease.as_ref().is_none_or(|lease| epoch::reaches_back(now, epoch, lease.given))
     }
 
     fn absent(&mut self, now: Instant, protocol: Protocol) {
-        if self.standings[protocol as usize] == Standing::Unknown {
-            self.standings[protocol as usize] = Standing::Absent;
+        if self.standings[protocol] == Standing::Unknown {
+            self.standings[protocol] = Standing::Absent;
             self.decide(now);
         }
     }

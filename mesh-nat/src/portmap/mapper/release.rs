@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{ExchangeId, Mapper, Protocol, Reject, soap};
 use crate::portmap::nat_pmp;
-use crate::portmap::pcp::{self, Map, Nonce};
+use crate::portmap::pcp::{Map, Nonce};
 use crate::portmap::upnp::Action;
 
 /// A deletion is repeated after so long without an answer.
@@ -61,7 +61,7 @@ impl Mapper {
             Protocol::Pcp => {
                 let datagram = self.pcp_map(network, port, 0).encode();
                 let kind = Kind::Pcp { datagram, nonce: self.nonce, port };
-                self.add_release(now, network.gateway_at(pcp::SERVER_PORT), kind);
+                self.add_release(now, network.server(), kind);
                 // The next mapping is another one.
                 self.nonce = Nonce::generate(&mut self.rng);
             }
@@ -69,12 +69,11 @@ impl Mapper {
             Protocol::Upnp => {
                 let Some(lease) = &self.lease else { return };
                 let Some(service) = &lease.service else { return };
-                let remote = network.gateway_at(service.control.port);
                 let delete = match lease.pinhole {
                     Some(id) => Action::DeletePinhole { id },
                     None => Action::DeletePortMapping { external_port: lease.external.port() },
                 };
-                let request = soap::call(remote, service, &delete);
+                let (remote, request) = soap::call(network, service, &delete);
                 let exchange = self.exchange(remote, request);
                 self.add_release(now, remote, Kind::Upnp { exchange });
             }
@@ -85,7 +84,7 @@ impl Mapper {
     pub(super) fn release_nat_pmp(&mut self, now: Instant) {
         let (Some(network), Some(port)) = (self.network, self.port) else { return };
         let datagram = nat_pmp::Request::Map { internal_port: port, external_port: 0, lifetime: 0 }.encode();
-        self.add_release(now, network.gateway_at(pcp::SERVER_PORT), Kind::NatPmp { datagram, port });
+        self.add_release(now, network.server(), Kind::NatPmp { datagram, port });
     }
 
     fn add_release(&mut self, now: Instant, remote: SocketAddr, kind: Kind) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rand_core::Rng;
 
 use super::ask::{Ask, Grant};
-use super::{ExchangeId, Mapper, Protocol, Timer};
+use super::{ExchangeId, Mapper, Network, Protocol, Timer};
 use crate::portmap::http::{self, Url};
 use crate::portmap::ssdp;
 use crate::portmap::status::Refusal;
@@ -118,27 +118,21 @@ impl Mapper {
     fn take_step(&mut self, now: Instant, step: Step) {
         let (Some(network), Some(Ask::Upnp(ask))) = (self.network, &mut self.ask) else { return };
         ask.step = step;
+        let calls = |index: usize, action: &dyn Fn(&Service) -> Option<Action>| {
+            let service = self.found.services.get(index)?;
+            Some(call(network, service, &action(service)?))
+        };
         let request = match step {
             Step::Describe(device) => self.found.devices.get(device).map(|device| {
                 let remote = network.gateway_at(device.location.port);
                 (remote, http::get(remote, &device.location.path))
             }),
-            Step::Address(service) => self.found.services.get(service).map(|service| {
-                let remote = network.gateway_at(service.control.port);
-                (remote, call(remote, service, &Action::GetExternalIpAddress))
-            }),
-            Step::Add(service, _) => self.found.services.get(service).and_then(|service| {
-                let remote = network.gateway_at(service.control.port);
-                Some((remote, call(remote, service, &self.add_action(service)?)))
-            }),
-            Step::Open(service) => self.found.services.get(service).and_then(|service| {
-                let remote = network.gateway_at(service.control.port);
-                Some((remote, call(remote, service, &self.open_action()?)))
-            }),
-            Step::Extend(service, id) => self.found.services.get(service).map(|service| {
-                let remote = network.gateway_at(service.control.port);
-                (remote, call(remote, service, &Action::UpdatePinhole { id, lease: self.hole_lifetime() }))
-            }),
+            Step::Address(service) => calls(service, &|_| Some(Action::GetExternalIpAddress)),
+            Step::Add(service, _) => calls(service, &|service| self.add_action(service)),
+            Step::Open(service) => calls(service, &|_| self.open_action()),
+            Step::Extend(service, id) => {
+                calls(service, &|_| Some(Action::UpdatePinhole { id, lease: self.hole_lifetime() }))
+            }
         };
         let Some((remote, request)) = request else {
             // Nobody is left to ask.
@@ -313,8 +307,10 @@ impl Mapper {
     }
 }
 
-pub(super) fn call(remote: SocketAddr, service: &Service, action: &Action) -> Vec<u8> {
-    http::post(remote, &service.control.path, &action.soap_action(service), &action.encode(service))
+/// A call, and where it goes.
+pub(super) fn call(network: Network, service: &Service, action: &Action) -> (SocketAddr, Vec<u8>) {
+    let remote = network.gateway_at(service.control.port);
+    (remote, http::post(remote, &service.control.path, &action.soap_action(service), &action.encode(service)))
 }
 
 fn refusal(fault: Fault) -> Refusal {
