@@ -1,6 +1,6 @@
 //! The TUN device, netlink and policy routing, in a network namespace of their own.
 //!
-//! Needs root: `unshare -n cargo test -p mesh-tun --test namespace -- --ignored`.
+//! Needs root: `unshare -n cargo test -p mesh-tun --test namespace -- --ignored --test-threads=1`.
 #![cfg(all(target_os = "linux", feature = "tokio"))]
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function, in a test")]
 
@@ -67,8 +67,9 @@ async fn another_default_router_with_the_same_addresses_is_a_change() {
         let done = std::process::Command::new("ip").args(line.split(' ')).status().unwrap();
         assert!(done.success(), "ip {line}");
     };
-    ip("link add routed0 type dummy");
+    ip("link add routed0 type veth peer name routed1");
     ip("address add 192.0.2.7/24 dev routed0");
+    ip("link set routed1 up");
     ip("link set routed0 up");
     ip("route replace default via 192.0.2.1");
     let netlink = Netlink::open().unwrap();
@@ -83,9 +84,8 @@ async fn another_default_router_with_the_same_addresses_is_a_change() {
     assert_eq!(router(&after).as_deref(), Some("192.0.2.2"));
     assert_eq!(before.interfaces, after.interfaces, "and nothing else has changed");
 
-    // A second one that is preferred, and then neither.
-    ip("route replace default via 192.0.2.3 metric 5");
-    ip("route delete default via 192.0.2.2");
+    // A third one in its place, and then none.
+    ip("route replace default via 192.0.2.3");
     monitor.changed().await;
     assert_eq!(router(&interfaces::interfaces(&netlink).await.unwrap()).as_deref(), Some("192.0.2.3"));
     ip("route delete default via 192.0.2.3");
