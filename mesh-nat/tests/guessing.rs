@@ -106,12 +106,12 @@ fn blocks_of_512_ports_that_are_shared_are_got_through_within_thirty_seconds() {
 
 #[test]
 fn where_every_flow_takes_a_port_half_of_the_block_stays_free_and_the_relay_carries_on() {
-    // The first attempt spends 96 flows to learn that ports are not shared, later ones 16: see RESULTS.md.
+    // The first attempt spends 96 flows to learn that ports are not shared, later ones 4: see RESULTS.md.
     let seen = run("blocks of 512, a port a flow", secs(300), block(false), block(false));
     println!("blocks of 512, a port a flow: {} of {RUNS} in the first attempt", seen.within(secs(30)));
     assert!(seen.most_ports <= 256, "{} of 512 ports", seen.most_ports);
     assert!(seen.within(secs(30)) > 0, "some succeed at once");
-    assert!(seen.times.len() > 2 * seen.within(secs(30)), "later attempts have more flows");
+    assert!(seen.times.len() * 10 > 3 * RUNS, "later attempts have more flows");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::attempt::{Attempt, Extra, Phase, Role};
 use super::ladder::Hopeless;
 use super::message::{Punch, Step, Why};
 use super::pace::Pacer;
-use crate::behaviour::Behaviour;
+use crate::behaviour::{Behaviour, PortRange};
 use crate::path::SocketId;
 use crate::stun::message::StunError;
 use crate::timer::TimerTable;
@@ -105,6 +105,15 @@ impl Record {
     }
 }
 
+/// A block of ports that was measured once and is only looked at later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Block {
+    /// Ports certainly belong to it.
+    seen: PortRange,
+    /// They may come from here.
+    likely: PortRange,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
     /// A peer's turn may have come.
@@ -126,6 +135,8 @@ pub struct Guesser {
     servers: Vec<SocketAddr>,
     /// What surveys have shown: whether ports are shared by flows.
     reuses: Option<bool>,
+    /// Where they are not: from which ports they come, as seen by the longest survey.
+    block: Option<Block>,
     records: BTreeMap<NodePublic, Record>,
     active: Option<Attempt>,
     pinned: BTreeMap<SocketId, NodePublic>,
@@ -151,6 +162,7 @@ impl Guesser {
             outside: None,
             servers: Vec::new(),
             reuses: None,
+            block: None,
             records: BTreeMap::new(),
             active: None,
             pinned: BTreeMap::new(),
@@ -206,7 +218,7 @@ impl Guesser {
     /// The network below has changed: gives the attempt up and forgets earlier failures. Winners stay until they are unused.
     pub fn forget(&mut self) {
         self.abandon(Some(Why::Busy));
-        self.reuses = None;
+        (self.reuses, self.block) = (None, None);
         for record in self.records.values_mut() {
             (record.failures, record.busy, record.not_before, record.outcome) = (0, 0, None, None);
         }

@@ -60,6 +60,11 @@ impl Survey {
         self.seen.last().map(|(_, mapped)| *mapped)
     }
 
+    /// Whether all that was seen lies in `range`, and anything was.
+    pub(super) fn confirms(&self, range: &PortRange) -> bool {
+        !self.seen.is_empty() && self.seen.iter().all(|(_, mapped)| range.contains(mapped.port()))
+    }
+
     /// The port furthest along the way of an allocator that counts by `stride`.
     pub(super) fn furthest(&self, stride: i16) -> Option<u16> {
         let (_, first) = self.seen.first()?;

@@ -131,7 +131,10 @@ impl Guesser {
         // Where every flow takes a port of its own, the others of this subscriber need some too.
         let most = match (&attempt.guess, self.reuses) {
             // Certainly not more than it has: what was seen of it, without what is estimated.
-            (Guess::Range(range), Some(false) | None) => attempt.survey.range(0).unwrap_or(*range).len() / 2,
+            (Guess::Range(range), Some(false) | None) => {
+                let seen = self.block.map(|block| block.seen).or(attempt.survey.range(0));
+                seen.unwrap_or(*range).len() / 2
+            }
             _ => MAX_FLOWS,
         };
         most.min(MAX_FLOWS).saturating_sub(ORDINARY)

@@ -9,7 +9,7 @@ use super::super::message::{Guess, MAX_LISTED, Step, Why};
 use super::super::pace;
 use super::super::ports::following;
 use super::super::survey::{Survey, pairs};
-use super::{ANSWER, Action, Guesser, SURVEY, Timer};
+use super::{ANSWER, Action, Block, Guesser, SURVEY, Timer};
 use crate::behaviour::{Allocation, Mapping, PortRange};
 
 /// For sockets from the driver.
@@ -18,6 +18,8 @@ const SOCKETS: Duration = Duration::from_secs(2);
 const MAX_PINNED: usize = 16;
 /// Questions to STUN servers before two hard NATs with few ports go at each other.
 const SURVEY_FLOWS: usize = 96;
+/// The same where an earlier attempt has asked, to see whether the block is still the same one.
+const LOOK_FLOWS: usize = 4;
 /// Addresses of a peer that is not ours that each socket opens towards.
 const TARGETS: usize = 2;
 
@@ -91,8 +93,9 @@ impl Guesser {
             (_, Some(Allocation::Preserving)) => 0,
             (_, Some(Allocation::Sequential { .. })) => 3,
             (Role::Opener | Role::Lister, _) if attempt.stage == 0 => ids.len().min(ladder::asked(width) as usize),
-            (Role::Flooder, _) => match self.reuses {
-                Some(false) => 16,
+            (Role::Flooder, _) => match (self.reuses, self.block) {
+                (Some(false), Some(_)) => LOOK_FLOWS,
+                (Some(false), None) => 16,
                 _ => SURVEY_FLOWS.min(usize::try_from(width / 4).unwrap_or(SURVEY_FLOWS)),
             },
             (Role::Asking | Role::Opener | Role::Lister | Role::Sweeper | Role::Sprayer | Role::Caller, _) => 0,
@@ -148,7 +151,13 @@ impl Guesser {
             self.reuses = Some(false);
         }
         let fresh = &attempt.sockets[attempt.used.min(attempt.sockets.len())..];
-        let estimate = |gaps| attempt.survey.range(gaps);
+        if self.reuses == Some(false) {
+            let survey = &attempt.survey;
+            let measured = survey.range(0).zip(survey.range(1)).map(|(seen, likely)| Block { seen, likely });
+            self.block = measured.or(self.block.filter(|block| survey.confirms(&block.likely)));
+        }
+        let block = self.block.map(|block| block.likely);
+        let estimate = |gaps| block.filter(|_| gaps == 1).or(attempt.survey.range(gaps));
         let known = self.ours.ports.unwrap_or(PortRange::ALL);
         let guess = match self.ours.allocation {
             Some(Allocation::Preserving) => {
