@@ -17,7 +17,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use lab::go_client::GoClient;
+use lab::go_client::{GoClient, GoPair};
 use lab::mesh::Node;
 use lab::nat::{Access, Internet};
 use lab::traffic::{UdpSample, UdpWatch, fetch, ping, serve};
@@ -210,21 +210,8 @@ fn two_official_go_clients_are_direct_in_the_same_places_and_in_no_others() {
     let mut cases: Vec<_> = easy_pairs().into_iter().map(|(place, at)| (place, End::Direct(PATIENCE, at))).collect();
     cases.extend(GUESSING_PAIRS.into_iter().chain([HOPELESS]).map(|place| (place, End::Relay(""))));
     each("s", &cases, |net, hosts, end| {
-        let [one, other] =
-            [(&hosts[0], "a"), (&hosts[1], "b")].map(|(host, name)| GoClient::start(host, &net.coordinator, name));
-        let addresses = eventually("both have joined", Duration::from_secs(15), || {
-            let nodes = net.coordinator.admin("nodes list");
-            let address = |name: &str| {
-                let node = nodes.as_array()?.iter().find(|node| node["name"] == name)?;
-                node["addresses"][0].as_str().map(|ip| format!("{ip}:80"))
-            };
-            address("a").zip(address("b")).ok_or(nodes.clone())
-        });
-        let both_ways = || -> Result<(), String> {
-            assert_eq!(one.fetch(&addresses.1, "")?, "hello from b");
-            assert_eq!(other.fetch(&addresses.0, "")?, "hello from a");
-            Ok(())
-        };
+        let pair = GoPair::join(&hosts, &net.coordinator);
+        let both_ways = || pair.greet();
         let began = Instant::now();
         eventually("pages both ways", Duration::from_secs(30), both_ways);
         let first = began.elapsed().as_millis();

@@ -21,7 +21,7 @@ mod lab;
 
 use std::time::{Duration, Instant};
 
-use lab::go_client::GoClient;
+use lab::go_client::{GoClient, GoPair};
 use lab::mesh::Node;
 use lab::nat::{Access, Internet};
 use lab::traffic::{download, fetch, ping, serve};
@@ -203,29 +203,13 @@ fn two_official_go_clients_use_our_third() {
     let mut net = Internet::new("p2");
     let hosts = [net.site(1, Access::Hard), net.site(2, Access::Hard)];
     let third = Third::start(&mut net);
-    let [one, other] =
-        [(&hosts[0], "one"), (&hosts[1], "other")].map(|(host, name)| GoClient::start(host, &net.coordinator, name));
-    let addresses = eventually("both have joined", Duration::from_secs(15), || {
-        let nodes = net.coordinator.admin("nodes list");
-        let address = |name: &str| {
-            let node = nodes.as_array()?.iter().find(|node| node["name"] == name)?;
-            node["addresses"][0].as_str().map(|ip| format!("{ip}:80"))
-        };
-        address("one").zip(address("other")).ok_or(nodes.clone())
-    });
-    let both_ways = || -> Result<(), String> {
-        assert_eq!(one.fetch(&addresses.1, "")?, "hello from other");
-        assert_eq!(other.fetch(&addresses.0, "")?, "hello from one");
-        Ok(())
-    };
+    let pair = GoPair::join(&hosts, &net.coordinator);
     let began = Instant::now();
-    past_derp(&net, both_ways);
+    past_derp(&net, || pair.greet());
     println!("two Go clients use the third after {} ms", began.elapsed().as_millis());
     third.carried();
     let before = net.coordinator.relayed_packets();
-    for (client, from) in [(&one, &addresses.1), (&other, &addresses.0)] {
-        assert_eq!(client.fetch(from, "big -o /dev/null -w '%{size_download}'").unwrap(), BIG.to_string());
-    }
+    pair.fetch_big();
     stands_still(&net, before);
     let carried = third.carried();
     assert!(carried.iter().all(|bytes| *bytes >= 2 * BIG), "of {} bytes the third carried {carried:?}", 2 * BIG);

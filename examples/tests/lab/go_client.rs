@@ -5,10 +5,11 @@
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use super::mesh::Coordinator;
 use super::traffic::fetch;
-use super::{Host, Process, output};
+use super::{Host, Process, eventually, output};
 
 /// Bytes of `/big`.
 const BIG: u32 = 4_000_000;
@@ -42,6 +43,43 @@ impl GoClient {
     /// Fetches a page from `peer`, an address with its port, through the mesh.
     pub(crate) fn fetch(&self, peer: &str, page: &str) -> Result<String, String> {
         fetch(&self.host, &format!("-H 'X-Peer: {peer}' http://127.0.0.1:18080/{page}"))
+    }
+}
+
+/// Two of them, `one` and `other`, that have joined, with their addresses.
+pub(crate) struct GoPair {
+    clients: [GoClient; 2],
+    addresses: [String; 2],
+}
+
+impl GoPair {
+    pub(crate) fn join(hosts: &[Host; 2], coordinator: &Coordinator) -> Self {
+        let names = ["one", "other"];
+        let clients = [0, 1].map(|index| GoClient::start(&hosts[index], coordinator, names[index]));
+        let addresses = eventually("both have joined", Duration::from_secs(15), || {
+            let nodes = coordinator.admin("nodes list");
+            let address = |name: &str| {
+                let node = nodes.as_array()?.iter().find(|node| node["name"] == name)?;
+                node["addresses"][0].as_str().map(|ip| format!("{ip}:80"))
+            };
+            let both = address(names[0]).zip(address(names[1]));
+            both.map(|(one, other)| [one, other]).ok_or(nodes.clone())
+        });
+        Self { clients, addresses }
+    }
+
+    /// Each fetches the other's page.
+    pub(crate) fn greet(&self) -> Result<(), String> {
+        assert_eq!(self.clients[0].fetch(&self.addresses[1], "")?, "hello from other");
+        assert_eq!(self.clients[1].fetch(&self.addresses[0], "")?, "hello from one");
+        Ok(())
+    }
+
+    /// Each fetches the other's large file.
+    pub(crate) fn fetch_big(&self) {
+        for (client, from) in self.clients.iter().zip(self.addresses.iter().rev()) {
+            assert_eq!(client.fetch(from, "big -o /dev/null -w '%{size_download}'").unwrap(), BIG.to_string());
+        }
     }
 }
 
