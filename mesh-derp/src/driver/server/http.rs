@@ -1,0 +1,107 @@
+//! The relay's HTTP surface: what is answered before, or instead of, a relay connection.
+//!
+//! | path | answer |
+//! |---|---|
+//! | `/derp` | becomes a relay connection (101, or silence with `Derp-Fast-Start: 1`); 426 without `Upgrade: DERP` |
+//! | `/derp/probe`, `/derp/latency-check` | 200, empty, for any origin; 405 unless GET or HEAD |
+//! | `/generate_204` | 204; echoes `X-Tailscale-Challenge` of 1 to 64 characters `A-Za-z0-9._:-` |
+//! | `/robots.txt` | nothing is to be indexed |
+//! | `/` | a line saying what this is |
+//! | anything else | 404 |
+//!
+//! A connection that was answered may ask again; clients measure latency that way.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::time::timeout;
+
+use super::RelayServer;
+use crate::driver::stream::{Rewind, read_request_head};
+use crate::upgrade::{self, Asked, RequestHead};
+
+impl RelayServer {
+    /// Answers the request whose `head` was read from `stream`, and those that follow on the same connection, until it
+    /// ends. Never fails: why a connection ended is a trace line and a counter.
+    pub async fn serve<S>(self: Arc<Self>, stream: S, head: RequestHead, peer_addr: SocketAddr)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
+        let (mut stream, mut head) = (Rewind::new(Bytes::new(), stream), head);
+        loop {
+            if head.path() == "/derp" {
+                match upgrade::asked(&head) {
+                    Asked::Relay { fast_start, .. } => return self.relay(stream, fast_start, peer_addr).await,
+                    Asked::WebSocket | Asked::NoUpgrade => {}
+                }
+            }
+            let keep = head.keeps_alive()
+                && head.header("transfer-encoding").is_none()
+                && head.header("content-length").is_none_or(|length| length == "0");
+            let answer = answer(&head, keep);
+            let written = async {
+                stream.write_all(&answer).await?;
+                stream.flush().await
+            };
+            if !matches!(timeout(self.config.write_stall, written).await, Ok(Ok(()))) || !keep {
+                let _ = timeout(self.config.write_stall, stream.shutdown()).await;
+                return;
+            }
+            match timeout(self.config.idle_http, read_request_head(&mut stream)).await {
+                Ok(Ok(Some((next, _, rest)))) => {
+                    stream.unread(rest);
+                    head = next;
+                }
+                Ok(Ok(None) | Err(_)) | Err(_) => return,
+            }
+        }
+    }
+}
+
+fn answer(head: &RequestHead, keep: bool) -> Vec<u8> {
+    let head_only = head.method == "HEAD";
+    let reading = head_only || head.method == "GET";
+    let connection = ("Connection", if keep { "keep-alive" } else { "close" });
+    let text = ("Content-Type", "text/plain; charset=utf-8");
+    match head.path() {
+        "/derp" => {
+            upgrade::response(426, "Upgrade Required", &[text, connection], "DERP requires an upgrade\n", head_only)
+        }
+        "/derp/probe" | "/derp/latency-check" if reading => {
+            upgrade::response(200, "OK", &[("Access-Control-Allow-Origin", "*"), connection], "", head_only)
+        }
+        "/derp/probe" | "/derp/latency-check" => {
+            upgrade::response(405, "Method Not Allowed", &[text, connection], "GET or HEAD only\n", head_only)
+        }
+        "/generate_204" => {
+            let echo = head.header("x-tailscale-challenge").filter(|challenge| is_challenge(challenge));
+            let echo = echo.map(|challenge| format!("response {challenge}"));
+            let mut headers =
+                vec![("Cache-Control", "no-cache, no-store, must-revalidate, no-transform, max-age=0"), connection];
+            if let Some(echo) = &echo {
+                headers.push(("X-Tailscale-Response", echo));
+            }
+            upgrade::response(204, "No Content", &headers, "", true)
+        }
+        "/robots.txt" => upgrade::response(200, "OK", &[text, connection], "User-agent: *\nDisallow: /\n", head_only),
+        "/" => upgrade::response(200, "OK", &[text, connection], "This is a mesh relay (DERP).\n", head_only),
+        _ => upgrade::response(404, "Not Found", &[text, connection], "not found\n", head_only),
+    }
+}
+
+fn is_challenge(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:-".contains(&b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn challenges_are_filtered() {
+        assert!(is_challenge("ts_relay.example:443-x".replace('_', "-").as_str()));
+        assert!(!is_challenge("") && !is_challenge("a b") && !is_challenge(&"a".repeat(65)));
+    }
+}
