@@ -1,5 +1,6 @@
 //! Byte streams: TCP with or without TLS, and streams whose first bytes have already been read.
 
+use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -11,24 +12,20 @@ use tokio_rustls::TlsStream;
 
 use crate::upgrade::{self, MAX_HEAD_LEN, RequestHead};
 
-/// A TCP connection, with or without TLS.
+/// A byte stream of any kind: what [`Transport::Other`] carries.
+pub trait Duplex: AsyncRead + AsyncWrite + Unpin + Send + fmt::Debug {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + fmt::Debug> Duplex for S {}
+
+/// What carries a relay connection.
 #[derive(Debug)]
 pub enum Transport {
-    /// Without.
+    /// TCP.
     Plain(TcpStream),
-    /// With.
+    /// TLS over TCP.
     Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl Transport {
-    /// The TCP connection underneath.
-    #[must_use]
-    pub fn tcp(&self) -> &TcpStream {
-        match self {
-            Self::Plain(tcp) => tcp,
-            Self::Tls(tls) => tls.get_ref().0,
-        }
-    }
+    /// Anything else: WebSocket messages, or a connection that another HTTP server has upgraded.
+    Other(Box<dyn Duplex>),
 }
 
 macro_rules! delegate {
@@ -40,6 +37,10 @@ macro_rules! delegate {
             }
             Self::Tls(tls) => {
                 let $stream = Pin::new(tls.as_mut());
+                $call
+            }
+            Self::Other(other) => {
+                let $stream = Pin::new(other.as_mut());
                 $call
             }
         }
@@ -77,6 +78,7 @@ impl AsyncWrite for Transport {
         match self {
             Self::Plain(tcp) => tcp.is_write_vectored(),
             Self::Tls(tls) => tls.is_write_vectored(),
+            Self::Other(other) => other.is_write_vectored(),
         }
     }
 }

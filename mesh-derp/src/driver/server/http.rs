@@ -14,22 +14,17 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::timeout;
 
 use super::RelayServer;
-use crate::driver::stream::{Rewind, read_request_head};
+use crate::driver::stream::{Rewind, Transport, read_request_head};
 use crate::upgrade::{self, Asked, RequestHead};
 
 impl RelayServer {
     /// Answers the request whose `head` was read from `stream`, and those that follow on the same connection, until it
     /// ends. Never fails: why a connection ended is a trace line and a counter.
-    pub async fn serve<S>(self: Arc<Self>, stream: S, head: RequestHead, peer_addr: SocketAddr)
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send,
-    {
-        let (mut stream, mut head) = (Rewind::new(Bytes::new(), stream), head);
+    pub async fn serve(self: Arc<Self>, mut stream: Rewind<Transport>, mut head: RequestHead, peer_addr: SocketAddr) {
         loop {
             if head.path() == "/derp" {
                 match upgrade::asked(&head) {
