@@ -24,7 +24,7 @@ use mesh_noise::key::{NodePrivate, NodePublic, RelayPublic, SharedBox};
 use rand_core::CryptoRng;
 
 use crate::frame::{Decoder, Frame, FrameError, GoneReason, MAX_PACKET_LEN};
-use crate::login::{ClientInfo, LoginError, ServerInfo};
+use crate::login::{ClientInfo, LoginError, MeshKey, ServerInfo};
 use crate::random::Prepared;
 
 /// Why a connection is over.
@@ -99,6 +99,13 @@ pub enum Event {
         /// Why.
         reason: GoneReason,
     },
+    /// A peer has connected to the relay; only another relay of the region is told.
+    PeerPresent {
+        /// Which.
+        peer: NodePublic,
+        /// The flags of [`Presence`](crate::server::Presence); 0 if the relay does not tell.
+        flags: u8,
+    },
     /// The relay reports a problem, or, with an empty text, that it is over.
     Health(String),
     /// The relay will restart.
@@ -150,13 +157,37 @@ impl Connection {
         home: bool,
         rng: &mut impl CryptoRng,
     ) -> Self {
+        Self::with_info(now, private, known, home, ClientInfo::default(), rng)
+    }
+
+    /// The connection of another relay of the region, which shows the mesh key and asks to be told who is there.
+    /// `private` is that relay's own key. [`Event::PeerPresent`] and [`Event::PeerGone`] tell.
+    pub fn for_relay(
+        now: Instant,
+        private: NodePrivate,
+        known: Option<RelayPublic>,
+        mesh_key: MeshKey,
+        rng: &mut impl CryptoRng,
+    ) -> Self {
+        let info = ClientInfo { mesh_key: Some(mesh_key), ..ClientInfo::default() };
+        Self::with_info(now, private, known, false, info, rng)
+    }
+
+    fn with_info(
+        now: Instant,
+        private: NodePrivate,
+        known: Option<RelayPublic>,
+        home: bool,
+        info: ClientInfo,
+        rng: &mut impl CryptoRng,
+    ) -> Self {
         let mut ping = [0; 8];
         rng.fill_bytes(&mut ping);
         let timing = Timing::default();
         let mut connection = Self {
             public: private.public(),
             private,
-            info: ClientInfo { can_ack_pings: true, ..ClientInfo::default() },
+            info: ClientInfo { can_ack_pings: true, ..info },
             nonce: Prepared::draw(rng),
             ping,
             timing,
@@ -198,6 +229,12 @@ impl Connection {
         Frame::SendPacket { destination, payload }.encode(&mut self.out);
         self.sent = Some(now);
         true
+    }
+
+    /// Frames that the caller has encoded itself are being sent: whether the relay is still there matters again. Only for
+    /// what [`Connection::accepts_packets`] allows.
+    pub const fn note_sent(&mut self, now: Instant) {
+        self.sent = Some(now);
     }
 
     /// Tells the relay whether it is the node's home.
@@ -300,6 +337,9 @@ impl Connection {
         if self.home {
             Frame::NotePreferred(true).encode(&mut self.out);
         }
+        if self.info.mesh_key.is_some() {
+            Frame::WatchConns.encode(&mut self.out);
+        }
         self.state = State::LoggingIn { relay, shared };
     }
 
@@ -317,6 +357,9 @@ impl Connection {
             }
             (_, Frame::RecvPacket { source, payload }) => self.events.push_back(Event::Packet { source, payload }),
             (_, Frame::PeerGone { peer, reason }) => self.events.push_back(Event::PeerGone { peer, reason }),
+            (_, Frame::PeerPresent { peer, flags, .. }) if self.info.mesh_key.is_some() => {
+                self.events.push_back(Event::PeerPresent { peer, flags });
+            }
             (_, Frame::Ping(data)) => Frame::Pong(data).encode(&mut self.out),
             (_, Frame::Health(text)) => self.events.push_back(Event::Health(text)),
             (_, Frame::Restarting { reconnect_in, try_for }) => {
@@ -430,6 +473,23 @@ mod tests {
         client.handle_bytes(now, &bytes).unwrap();
         assert!(matches!(client.poll_event(), Some(Event::Connected { .. })));
         assert_eq!(client.poll_timeout(), Some(now + Timing::default().silence));
+    }
+
+    #[test]
+    fn a_relay_shows_the_mesh_key_and_asks_who_is_there() {
+        let (now, mut relay) = (start(), Relay::new());
+        let (key, mesh_key) = (relay.private.public(), MeshKey::from_bytes([6; 32]));
+        let rng = &mut StdRng::seed_from_u64(1);
+        let mut client = Connection::for_relay(now, node(), Some(key), mesh_key.clone(), rng);
+        let frames = relay.frames(&mut client);
+        let [Frame::ClientInfo { node: named, sealed }, Frame::WatchConns] = &frames[..] else { panic!("{frames:?}") };
+        let info = ClientInfo::open(&relay.private.box_with_node(named), sealed).unwrap();
+        assert!(info.mesh_key.is_some_and(|shown| shown.matches(&mesh_key)));
+        client.handle_bytes(now, &relay.server_info(*named)).unwrap();
+        assert!(matches!(client.poll_event(), Some(Event::Connected { .. })));
+        let peer = NodePublic::from_bytes([3; 32]);
+        client.handle_bytes(now, &Frame::PeerPresent { peer, address: None, flags: 0 }.to_bytes()).unwrap();
+        assert_eq!(client.poll_event(), Some(Event::PeerPresent { peer, flags: 0 }));
     }
 
     #[test]

@@ -142,7 +142,7 @@ fn our_relay_takes_what_the_clients_sent_and_answers_the_recorded_bytes() {
                     packets.push((destination, payload));
                 }
                 Input::Preferred(home) => preferred.push(home),
-                Input::Ping(_) | Input::Nothing => panic!("{name}: {input:?} was not recorded"),
+                Input::Ping(_) | Input::Regional(_) | Input::Nothing => panic!("{name}: {input:?} was not recorded"),
             }
         }
         assert_eq!(relay.poll_transmit().unwrap(), session.frames[2].wire(), "{name}: ServerInfo");

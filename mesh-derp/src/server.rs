@@ -11,9 +11,20 @@
 //! If nobody is there, A is told with PeerGone(NotHere), but only for disco packets and at most three times in a burst
 //! and once a second. When B leaves, everyone who had received a packet from B on their present connection is told with
 //! PeerGone(Disconnected).
+//!
+//! # Several relays in one region
+//! share a secret, the mesh key, and each keeps a *link* to each other one: a client's connection, logged in with the
+//! relay's own key and the mesh key. Over its link to A, B learns who is at A ([`Watch`] is A's side of that) and forwards
+//! what its own clients send to those. What was forwarded once is delivered or dropped, never forwarded again. When A
+//! dies, B's link breaks; A's nodes are in doubt for [`DOUBT`], in which they find their way to B or another relay, and
+//! only then count as gone.
 
 mod connection;
+mod forwarders;
 mod registry;
+mod watch;
 
-pub use connection::{Connection, Input, LOGIN_TIMEOUT, ServerError};
+pub use connection::{Connection, Input, LOGIN_TIMEOUT, Regional, ServerError};
+pub use forwarders::{DOUBT, LinkId};
 pub use registry::{ConnectionId, Departure, Registry};
+pub use watch::{Presence, Watch};

@@ -304,6 +304,7 @@ impl RelayClient {
                             Event::PeerGone { peer, reason } => {
                                 self.events.push_back(RelayEvent::PeerGone { peer, reason });
                             }
+                            Event::PeerPresent { .. } => {}
                             Event::Health(text) => self.events.push_back(RelayEvent::Health(text)),
                             Event::Restarting { reconnect_in, .. } => {
                                 tracing::info!(?reconnect_in, "relay is about to restart");

@@ -65,8 +65,29 @@ pub enum Input {
     Ping([u8; 8]),
     /// Whether this relay is its home.
     Preferred(bool),
+    /// What only another relay of the region may ask.
+    Regional(Regional),
     /// A frame without consequence, except that the connection is in use.
     Nothing,
+}
+
+/// What only another relay of the region may ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Regional {
+    /// To be told who is connected, from now on.
+    Watch,
+    /// To pass on a packet of one of its clients to one of ours.
+    Forward {
+        /// From whom.
+        source: NodePublic,
+        /// For whom.
+        destination: NodePublic,
+        /// The packet.
+        payload: Bytes,
+    },
+    /// To end all connections of a node.
+    Close(NodePublic),
 }
 
 #[derive(Debug)]
@@ -80,6 +101,7 @@ enum State {
 ///
 /// ```text
 ///   AwaitingLogin ──ClientInfo──► AwaitingAdmission ──admit()──► Open
+///                                        └───────admit_relay()───┘
 /// ```
 #[derive(Debug)]
 pub struct Connection {
@@ -89,6 +111,7 @@ pub struct Connection {
     decoder: Decoder,
     out: BytesMut,
     login_by: Option<Instant>,
+    is_relay: bool,
     not_here_left: u32,
     not_here_since: Instant,
 }
@@ -105,6 +128,7 @@ impl Connection {
             decoder: Decoder::new(),
             out,
             login_by: Some(now + LOGIN_TIMEOUT),
+            is_relay: false,
             not_here_left: NOT_HERE_BURST,
             not_here_since: now,
         }
@@ -139,7 +163,14 @@ impl Connection {
             Frame::NotePreferred(home) => Ok(Some(Input::Preferred(home))),
             Frame::Pong(_) | Frame::KeepAlive => Ok(Some(Input::Nothing)),
             Frame::ClientInfo { .. } => Err(ServerError::SecondLogin),
-            Frame::ForwardPacket { .. } | Frame::WatchConns | Frame::ClosePeer(_) => Err(ServerError::NotARelay(kind)),
+            Frame::ForwardPacket { .. } | Frame::WatchConns | Frame::ClosePeer(_) if !self.is_relay => {
+                Err(ServerError::NotARelay(kind))
+            }
+            Frame::ForwardPacket { source, destination, payload } => {
+                Ok(Some(Input::Regional(Regional::Forward { source, destination, payload })))
+            }
+            Frame::WatchConns => Ok(Some(Input::Regional(Regional::Watch))),
+            Frame::ClosePeer(node) => Ok(Some(Input::Regional(Regional::Close(node)))),
             Frame::ServerKey(_)
             | Frame::ServerInfo { .. }
             | Frame::RecvPacket { .. }
@@ -156,6 +187,12 @@ impl Connection {
             ServerInfo::default().seal(shared, &mut self.nonce).encode(&mut self.out);
             self.state = State::Open;
         }
+    }
+
+    /// Lets in another relay of the region, which has shown the mesh key: it may ask what [`Regional`] lists.
+    pub fn admit_relay(&mut self) {
+        self.is_relay = matches!(self.state, State::AwaitingAdmission(_));
+        self.admit();
     }
 
     /// Whether a PeerGone(NotHere) may be sent now. A yes counts as sent.
@@ -222,12 +259,17 @@ mod tests {
     }
 
     fn open() -> Connection {
+        let mut connection = awaiting();
+        connection.admit();
+        connection
+    }
+
+    fn awaiting() -> Connection {
         let (mut connection, node, mut rng) = fresh();
         let shared = node.box_with_relay(&connection.relay.public());
         let login = ClientInfo::default().seal(node.public(), &shared, &mut rng);
         connection.read_buffer().extend_from_slice(&login.to_bytes());
         assert!(matches!(connection.poll_input(), Ok(Some(Input::Login { .. }))));
-        connection.admit();
         connection
     }
 
@@ -291,6 +333,33 @@ mod tests {
         let (mut early, ..) = fresh();
         early.read_buffer().extend_from_slice(&Frame::Ping([0; 8]).to_bytes());
         assert_eq!(early.poll_input().unwrap_err().to_string(), "client broke protocol: Ping before ClientInfo");
+    }
+
+    #[test]
+    fn another_relay_of_the_region_may_watch_forward_and_close() {
+        let mut connection = awaiting();
+        connection.admit_relay();
+        let (source, destination) = (NodePublic::from_bytes([1; 32]), NodePublic::from_bytes([2; 32]));
+        let payload = Bytes::from_static(b"x");
+        let frames = [
+            (Frame::WatchConns, Regional::Watch),
+            (
+                Frame::ForwardPacket { source, destination, payload: payload.clone() },
+                Regional::Forward { source, destination, payload },
+            ),
+            (Frame::ClosePeer(source), Regional::Close(source)),
+        ];
+        for (frame, expected) in frames {
+            connection.read_buffer().extend_from_slice(&frame.to_bytes());
+            assert_eq!(connection.poll_input().unwrap(), Some(Input::Regional(expected)));
+        }
+        // The lengths of these frames are exact.
+        for wrong in [&[0x10, 0, 0, 0, 1, 0][..], &[0x11, 0, 0, 0, 31], &[0x11, 0, 0, 0, 33]] {
+            let mut connection = awaiting();
+            connection.admit_relay();
+            connection.read_buffer().extend_from_slice(wrong);
+            assert!(matches!(connection.poll_input(), Err(ServerError::Frame(FrameError::Length { .. }))), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Who is connected, and which connection a packet goes to.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Instant;
 
 use mesh_noise::key::NodePublic;
+
+use super::forwarders::{Forwarders, LinkId};
 
 /// Names one connection for as long as the relay runs; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,33 +31,43 @@ struct ClientSet {
 pub struct Departure<H> {
     /// The node.
     pub node: NodePublic,
-    /// The connections that had heard from it, in the order they were made.
+    /// The connections that had heard from it, in the order they were made. None if it is still at another relay of the
+    /// region.
     pub heard_by: Vec<H>,
 }
 
-/// All connections of a relay, by node. `H` is whatever leads to a connection's queue.
+/// All connections of a relay, by node, and the nodes that other relays of the region have. `H` is whatever leads to a
+/// connection's queue, `F` whatever leads to a link's.
 ///
 /// # A node connected twice
 /// happens after its network changed and before the old connection is found dead. All its connections stay open and are
 /// read; the *active* one gets its packets. The newest is active when it arrives; after that, any frame on another makes
 /// that one active ([`Registry::touch`]). When the active one closes, the newest of the others takes over.
+///
+/// # A node at another relay
+/// is known from that relay's PeerPresent and PeerGone, which come over this one's link to it. Of several such relays the
+/// one that has said so longest gets its packets. When the last of them has lost it, by PeerGone or because the link
+/// broke, it stays *in doubt* for [`DOUBT`](super::DOUBT): its packets go nowhere, but nobody is told that it left, since
+/// it is most likely on its way to another relay of the region. Only then are those told who had heard from it.
 #[derive(Debug)]
-pub struct Registry<H> {
+pub struct Registry<H, F = ()> {
     next: u64,
     clients: HashMap<NodePublic, ClientSet>,
     connections: HashMap<ConnectionId, Entry<H>>,
     /// Source of packets → connections that were given some.
     listeners: BTreeMap<NodePublic, BTreeSet<ConnectionId>>,
     doubled: usize,
+    elsewhere: Forwarders<F>,
 }
 
-impl<H> Default for Registry<H> {
+impl<H, F> Default for Registry<H, F> {
     fn default() -> Self {
-        Self { next: 0, clients: HashMap::new(), connections: HashMap::new(), listeners: BTreeMap::new(), doubled: 0 }
+        let (clients, connections, listeners) = (HashMap::new(), HashMap::new(), BTreeMap::new());
+        Self { next: 0, clients, connections, listeners, doubled: 0, elsewhere: Forwarders::default() }
     }
 }
 
-impl<H: Clone> Registry<H> {
+impl<H: Clone, F> Registry<H, F> {
     /// A registry without connections.
     #[must_use]
     pub fn new() -> Self {
@@ -66,6 +79,7 @@ impl<H: Clone> Registry<H> {
         let id = ConnectionId(self.next);
         self.next += 1;
         self.connections.insert(id, Entry { node, handle, heard: BTreeSet::new() });
+        self.elsewhere.settle(&node);
         match self.clients.get_mut(&node) {
             Some(set) => {
                 self.doubled += usize::from(set.all.len() == 1);
@@ -100,14 +114,19 @@ impl<H: Clone> Registry<H> {
             return None;
         }
         self.clients.remove(&node);
-        let mut heard_by = Vec::new();
-        for listener in self.listeners.remove(&node).unwrap_or_default() {
+        let heard_by = if self.elsewhere.has(&node) { Vec::new() } else { self.take_listeners(&node) };
+        Some(Departure { node, heard_by })
+    }
+
+    fn take_listeners(&mut self, node: &NodePublic) -> Vec<H> {
+        let mut handles = Vec::new();
+        for listener in self.listeners.remove(node).unwrap_or_default() {
             if let Some(entry) = self.connections.get_mut(&listener) {
-                entry.heard.remove(&node);
-                heard_by.push(entry.handle.clone());
+                entry.heard.remove(node);
+                handles.push(entry.handle.clone());
             }
         }
-        Some(Departure { node, heard_by })
+        handles
     }
 
     /// The connection that gets a packet for `destination`.
@@ -132,15 +151,97 @@ impl<H: Clone> Registry<H> {
         }
     }
 
-    /// `listener` is being given a packet from `source`, and wants to know when that node leaves.
+    /// Whether [`Registry::note_heard`] would change something.
+    #[must_use]
+    pub fn is_new_to(&self, listener: ConnectionId, source: &NodePublic) -> bool {
+        self.in_region(source) && self.connections.get(&listener).is_some_and(|entry| !entry.heard.contains(source))
+    }
+
+    fn in_region(&self, node: &NodePublic) -> bool {
+        self.clients.contains_key(node) || self.elsewhere.has(node) || self.elsewhere.doubts(node)
+    }
+
+    /// `listener` is being given a packet from `source`, and wants to know when that node leaves the region.
     pub fn note_heard(&mut self, listener: ConnectionId, source: NodePublic) {
-        if !self.clients.contains_key(&source) {
+        if !self.in_region(&source) {
             return;
         }
         if let Some(entry) = self.connections.get_mut(&listener) {
             entry.heard.insert(source);
             self.listeners.entry(source).or_default().insert(listener);
         }
+    }
+
+    /// Every node that is connected here, with its active connection, in the order of their keys.
+    #[must_use]
+    pub fn present(&self) -> Vec<(NodePublic, H)> {
+        let handle = |set: &ClientSet| self.connections.get(&set.active).map(|entry| entry.handle.clone());
+        let mut present: Vec<_> =
+            self.clients.iter().filter_map(|(node, set)| handle(set).map(|handle| (*node, handle))).collect();
+        present.sort_unstable_by_key(|(node, _)| *node);
+        present
+    }
+
+    /// Adds a link to another relay of the region. It brings no nodes until they are named.
+    pub fn add_link(&mut self, handle: F) -> LinkId {
+        self.elsewhere.add(handle)
+    }
+
+    /// The relay at the other end has a node.
+    pub fn link_present(&mut self, link: LinkId, node: NodePublic) {
+        self.elsewhere.present(link, node);
+    }
+
+    /// The relay at the other end has a node no more, or never had it.
+    pub fn link_gone(&mut self, now: Instant, link: LinkId, node: &NodePublic) {
+        if self.elsewhere.gone(link, node) && !self.clients.contains_key(node) {
+            self.elsewhere.doubt(now, *node);
+        }
+    }
+
+    /// A link broke, and takes all that it brought with it.
+    pub fn remove_link(&mut self, now: Instant, link: LinkId) {
+        for node in self.elsewhere.remove(link) {
+            if !self.clients.contains_key(&node) {
+                self.elsewhere.doubt(now, node);
+            }
+        }
+    }
+
+    /// The link that gets a packet for `destination`, for which there is no connection here.
+    #[must_use]
+    pub fn forwarder(&self, destination: &NodePublic) -> Option<&F> {
+        self.elsewhere.route(destination)
+    }
+
+    /// Whether a node that no relay of the region has may be back any moment.
+    #[must_use]
+    pub fn is_in_doubt(&self, node: &NodePublic) -> bool {
+        self.elsewhere.doubts(node)
+    }
+
+    /// When [`Registry::poll_departure`] may have something to say.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.elsewhere.next_due()
+    }
+
+    /// A node that was at another relay and has not come back in time.
+    pub fn poll_departure(&mut self, now: Instant) -> Option<Departure<H>> {
+        let node = self.elsewhere.take_due(now)?;
+        Some(Departure { node, heard_by: self.take_listeners(&node) })
+    }
+
+    /// How many links there are.
+    #[must_use]
+    pub fn links(&self) -> usize {
+        self.elsewhere.links()
+    }
+
+    /// How many nodes other relays of the region have.
+    #[must_use]
+    pub fn nodes_elsewhere(&self) -> usize {
+        self.elsewhere.nodes()
     }
 
     /// How many nodes are connected.
@@ -171,117 +272,4 @@ impl<H: Clone> Registry<H> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn node(number: u8) -> NodePublic {
-        NodePublic::from_bytes([number; 32])
-    }
-
-    fn active(registry: &Registry<u32>, number: u8) -> Option<u32> {
-        registry.route(&node(number)).map(|(_, handle)| *handle)
-    }
-
-    #[test]
-    fn the_newest_connection_is_active_until_another_speaks() {
-        let mut registry = Registry::new();
-        let old = registry.register(node(1), 10);
-        let new = registry.register(node(1), 11);
-        assert_eq!((active(&registry, 1), registry.doubled()), (Some(11), 1));
-        assert!(registry.is_shadowed(old) && !registry.is_shadowed(new));
-        registry.touch(old);
-        assert_eq!(active(&registry, 1), Some(10));
-        assert!(registry.unregister(old).is_none());
-        assert_eq!((active(&registry, 1), registry.doubled()), (Some(11), 0));
-        assert!(registry.unregister(new).is_some());
-        assert_eq!(active(&registry, 1), None);
-    }
-
-    #[test]
-    fn those_who_heard_from_a_node_learn_that_it_left() {
-        let mut registry = Registry::new();
-        let (a, b, c) = (registry.register(node(1), 1), registry.register(node(2), 2), registry.register(node(3), 3));
-        registry.note_heard(b, node(1));
-        registry.note_heard(c, node(1));
-        registry.unregister(c);
-        let departure = registry.unregister(a).unwrap();
-        assert_eq!((departure.node, departure.heard_by), (node(1), vec![2]));
-        let again = registry.register(node(1), 4);
-        assert_eq!(registry.unregister(again).unwrap().heard_by, Vec::<u32>::new());
-        let again = registry.register(node(1), 5);
-        registry.note_heard(b, node(1));
-        assert_eq!(registry.unregister(again).unwrap().heard_by, [2]);
-    }
-
-    #[test]
-    fn a_second_connection_keeps_a_node_present() {
-        let mut registry = Registry::new();
-        let (first, _second) = (registry.register(node(1), 1), registry.register(node(1), 2));
-        let listener = registry.register(node(9), 9);
-        registry.note_heard(listener, node(1));
-        assert!(registry.unregister(first).is_none());
-        assert_eq!((registry.nodes(), registry.connections()), (2, 2));
-    }
-
-    #[derive(Debug, Clone)]
-    enum Step {
-        Register(u8),
-        Unregister(usize),
-        Touch(usize),
-        Heard(usize, u8),
-    }
-
-    fn any_step() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            (0u8..4).prop_map(Step::Register),
-            (0usize..20).prop_map(Step::Unregister),
-            (0usize..20).prop_map(Step::Touch),
-            (0usize..20, 0u8..4).prop_map(|(at, number)| Step::Heard(at, number)),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn it_routes_as_a_plain_list_would(steps in proptest::collection::vec(any_step(), 0..60)) {
-            let mut registry = Registry::new();
-            // The model: connections with their node, the last of each node being its active one.
-            let mut model: Vec<(ConnectionId, u8)> = Vec::new();
-            for step in steps {
-                match step {
-                    Step::Register(number) => model.push((registry.register(node(number), u32::from(number)), number)),
-                    Step::Unregister(at) if at < model.len() => {
-                        let (id, number) = model.remove(at);
-                        let was_active = !model[at..].iter().any(|(_, other)| *other == number);
-                        let left = registry.unregister(id);
-                        prop_assert_eq!(left.is_some(), !model.iter().any(|(_, other)| *other == number));
-                        if was_active && left.is_none() {
-                            // The newest of the others takes over.
-                            let heir = (0..model.len()).filter(|i| model[*i].1 == number).max_by_key(|i| model[*i].0);
-                            let heir = model.remove(heir.unwrap());
-                            model.push(heir);
-                        }
-                    }
-                    Step::Touch(at) if at < model.len() => {
-                        registry.touch(model[at].0);
-                        let moved = model.remove(at);
-                        model.push(moved);
-                    }
-                    Step::Heard(at, number) if at < model.len() => registry.note_heard(model[at].0, node(number)),
-                    Step::Unregister(_) | Step::Touch(_) | Step::Heard(..) => {}
-                }
-                for number in 0..4 {
-                    let expected = model.iter().rev().find(|(_, other)| *other == number).map(|(id, _)| *id);
-                    prop_assert_eq!(registry.route(&node(number)).map(|(id, _)| id), expected);
-                }
-                prop_assert_eq!(registry.connections(), model.len());
-                let doubled = (0..4).filter(|n| model.iter().filter(|(_, other)| other == n).count() > 1).count();
-                prop_assert_eq!(registry.doubled(), doubled);
-            }
-            for (id, _) in model {
-                registry.unregister(id);
-            }
-            prop_assert!(registry.listeners.is_empty() && registry.clients.is_empty());
-        }
-    }
-}
+mod tests;

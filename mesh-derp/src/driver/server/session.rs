@@ -118,7 +118,11 @@ impl RelayServer {
             if let Some(input) = core.poll_input()? {
                 match input {
                     Input::Login { node, .. } => return Ok(node),
-                    Input::Packet { .. } | Input::Ping(_) | Input::Preferred(_) | Input::Nothing => continue,
+                    Input::Packet { .. }
+                    | Input::Ping(_)
+                    | Input::Preferred(_)
+                    | Input::Regional(_)
+                    | Input::Nothing => continue,
                 }
             }
             let buffer = core.read_buffer();
@@ -151,7 +155,7 @@ impl RelayServer {
                         outlet.pong(data);
                     }
                     Input::Preferred(home) => outlet.set_home(home, &self.counters),
-                    Input::Login { .. } | Input::Nothing => {}
+                    Input::Login { .. } | Input::Regional(_) | Input::Nothing => {}
                 }
             }
             self.counters.frames_unknown.add(core.skipped() - skipped);
