@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use super::counters::Atomics;
 use crate::driver::now;
 use crate::frame::Frame;
-use crate::queue::{Depth, Lane, PacketQueue};
+use crate::queue::{Depth, Lane, PacketQueue, Pushed};
 
 /// How much is handed to the socket at once: four TLS records.
 const BATCH: usize = 64 * 1024;
@@ -60,12 +60,11 @@ impl Outlet {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues a packet; says in which lane and how many it displaced. On a connection that has just ended the packet
-    /// itself counts as displaced.
-    pub(super) fn push(&self, source: NodePublic, payload: Bytes) -> (Lane, u64) {
+    /// Queues a packet; says what came of it. On a connection that has just ended the packet itself counts as displaced.
+    pub(super) fn push(&self, source: NodePublic, payload: Bytes) -> Pushed {
         let mut waiting = self.waiting();
         if waiting.abandoned {
-            return (Lane::of(&payload), 1);
+            return Pushed { lane: Lane::of(&payload), displaced: 1, own_dropped: 1 };
         }
         let pushed = waiting.queue.push(now(), source, payload);
         drop(waiting);

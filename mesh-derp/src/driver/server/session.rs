@@ -195,10 +195,10 @@ impl RelayServer {
             }
             self.registry_mut().note_heard(id, source);
         }
-        let (lane, displaced) = receiver.push(source, payload);
-        match lane {
-            Lane::Disco => self.counters.dropped_queue_disco.add(displaced),
-            Lane::Data => self.counters.dropped_queue_data.add(displaced),
+        let pushed = receiver.push(source, payload);
+        match pushed.lane {
+            Lane::Disco => self.counters.dropped_queue_disco.add(pushed.displaced),
+            Lane::Data => self.counters.dropped_queue_data.add(pushed.displaced),
         }
     }
 
