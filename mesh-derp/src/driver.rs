@@ -17,7 +17,7 @@ pub mod listener;
 pub mod server;
 mod stream;
 
-pub use stream::{Duplex, Rewind, Transport, read_request_head};
+pub use stream::{Detached, Duplex, Rewind, Socket, Transport, read_request_head};
 
 /// The one clock of the drivers.
 #[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]

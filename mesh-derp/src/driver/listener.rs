@@ -175,7 +175,7 @@ async fn secure(stream: TcpStream, tls: Option<Arc<ServerConfig>>) -> io::Result
     let is_tls = stream.peek(&mut first).await? == 1 && first[0] == TLS_HANDSHAKE;
     match tls {
         Some(config) if is_tls => {
-            let secured = TlsAcceptor::from(config).accept(stream).await?;
+            let secured = TlsAcceptor::from(config).accept(stream.into()).await?;
             Ok(Transport::Tls(Box::new(secured.into())))
         }
         None if is_tls => Err(io::Error::new(io::ErrorKind::InvalidData, "a TLS client on a port without TLS")),

@@ -23,9 +23,104 @@ pub enum Transport {
     /// TCP.
     Plain(TcpStream),
     /// TLS over TCP.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<Socket>>),
     /// Anything else: WebSocket messages, or a connection that another HTTP server has upgraded.
     Other(Box<dyn Duplex>),
+}
+
+impl Transport {
+    /// Takes the connection from the present runtime. Nothing is lost, and nothing is read or written meanwhile.
+    ///
+    /// [`Transport::Other`] stays with the runtime that it belongs to, which has to go on running.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn detach(self) -> io::Result<Detached> {
+        Ok(Detached(match self {
+            Self::Plain(tcp) => Parked::Plain(tcp.into_std()?),
+            Self::Tls(mut tls) => {
+                let tcp = tls.get_mut().0.0.take().ok_or(io::ErrorKind::NotConnected)?;
+                Parked::Tls(tcp.into_std()?, tls)
+            }
+            Self::Other(other) => Parked::Other(other),
+        }))
+    }
+}
+
+/// A connection taken from its runtime by [`Transport::detach`]. It may be sent to any thread.
+#[derive(Debug)]
+pub struct Detached(Parked);
+
+#[derive(Debug)]
+enum Parked {
+    Plain(std::net::TcpStream),
+    Tls(std::net::TcpStream, Box<TlsStream<Socket>>),
+    Other(Box<dyn Duplex>),
+}
+
+impl Detached {
+    /// Goes on in the present runtime.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn attach(self) -> io::Result<Transport> {
+        Ok(match self.0 {
+            Parked::Plain(tcp) => Transport::Plain(TcpStream::from_std(tcp)?),
+            Parked::Tls(tcp, mut tls) => {
+                tls.get_mut().0.0 = Some(TcpStream::from_std(tcp)?);
+                Transport::Tls(tls)
+            }
+            Parked::Other(other) => Transport::Other(other),
+        })
+    }
+}
+
+/// The TCP connection under TLS; absent while detached.
+#[derive(Debug)]
+pub struct Socket(Option<TcpStream>);
+
+impl From<TcpStream> for Socket {
+    fn from(tcp: TcpStream) -> Self {
+        Self(Some(tcp))
+    }
+}
+
+impl Socket {
+    fn pinned(&mut self) -> io::Result<Pin<&mut TcpStream>> {
+        Ok(Pin::new(self.0.as_mut().ok_or(io::ErrorKind::NotConnected)?))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.pinned()?.poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.pinned()?.poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.pinned()?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.pinned()?.poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.pinned()?.poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
 }
 
 macro_rules! delegate {
@@ -112,6 +207,26 @@ impl<S> Rewind<S> {
     }
 }
 
+impl Rewind<Transport> {
+    /// As [`Transport::detach`], with the bytes that were put back.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn detach(self) -> io::Result<Rewind<Detached>> {
+        Ok(Rewind::new(self.first, self.inner.detach()?))
+    }
+}
+
+impl Rewind<Detached> {
+    /// As [`Detached::attach`], with the bytes that were put back.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn attach(self) -> io::Result<Rewind<Transport>> {
+        Ok(Rewind::new(self.first, self.inner.attach()?))
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Rewind<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.first.is_empty() {
@@ -191,6 +306,29 @@ mod tests {
         let mut all = String::new();
         stream.read_to_string(&mut all).await.unwrap();
         assert_eq!(all, "GET /derp HTTP/1.1\r\nUpgrade: DERP\r\n\r\nframes and more");
+    }
+
+    #[test]
+    fn a_connection_goes_on_in_another_runtime() {
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let (there, here) = (runtime(), runtime());
+        let (mut far, detached) = there.block_on(async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut far = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            far.write_all(b"second").await.unwrap();
+            let near = Transport::Plain(listener.accept().await.unwrap().0);
+            (far, Rewind::new(Bytes::from_static(b"first, "), near).detach().unwrap())
+        });
+        let read = std::thread::spawn(move || {
+            here.block_on(async {
+                let mut near = detached.attach().unwrap();
+                let mut all = String::new();
+                near.read_to_string(&mut all).await.unwrap();
+                all
+            })
+        });
+        there.block_on(far.shutdown()).unwrap();
+        assert_eq!(read.join().unwrap(), "first, second");
     }
 
     #[tokio::test]

@@ -193,7 +193,7 @@ async fn connect(node: &DerpNode, tls: &ClientTls) -> Result<(Transport, Option<
     }
     let config = tls.for_node(node)?;
     let connector = TlsConnector::from(config);
-    let secured = connector.connect(server_name(&node.host_name)?, tcp).await;
+    let secured = connector.connect(server_name(&node.host_name)?, tcp.into()).await;
     let secured = secured.map_err(|source| DialError::Tls { host: node.host_name.clone(), source })?;
     let session = secured.get_ref().1;
     let private = session.protocol_version() == Some(ProtocolVersion::TLSv1_3);
