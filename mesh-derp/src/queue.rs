@@ -33,7 +33,7 @@
 //! that come, are copied into memory of their own size, each at most once; those of 32 KiB and more are left alone, for
 //! they fill most of their buffer. So what a blocked queue holds is [`Depth::bytes`] a lane, at most twice of it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use mesh_noise::key::NodePublic;
@@ -108,6 +108,8 @@ pub struct Pushed {
     /// reader how much of what it brings is in vain. A node that has had nothing waiting for long may have been forgotten,
     /// and then it is 0.
     pub own_dropped: u64,
+    /// For how long nothing has been taken from the queue although something waits; zero if it was empty.
+    pub stuck: Duration,
 }
 
 /// How many packets made room for newer ones, or had waited too long.
@@ -127,6 +129,8 @@ pub struct PacketQueue {
     disco: Option<Box<FairLane>>,
     data: Option<Box<FairLane>>,
     displaced: Displaced,
+    /// When something was last taken, or put in while nothing waited.
+    moved: Option<Instant>,
     blocked: bool,
 }
 
@@ -138,7 +142,8 @@ impl PacketQueue {
     /// An empty queue. It has no memory of its own yet.
     #[must_use]
     pub const fn new(depth: Depth) -> Self {
-        Self { depth, disco: None, data: None, displaced: Displaced { data: 0, disco: 0 }, blocked: false }
+        let displaced = Displaced { data: 0, disco: 0 };
+        Self { depth, disco: None, data: None, displaced, moved: None, blocked: false }
     }
 
     const fn rules(&self, lane: Lane) -> Rules {
@@ -153,6 +158,10 @@ impl PacketQueue {
     pub fn push(&mut self, now: Instant, node: NodePublic, payload: Bytes) -> Pushed {
         let lane = Lane::of(&payload);
         let rules = self.rules(lane);
+        if self.is_empty() {
+            self.moved = Some(now);
+        }
+        let stuck = self.moved.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let place = match lane {
             Lane::Disco => &mut self.disco,
             Lane::Data => &mut self.data,
@@ -162,7 +171,7 @@ impl PacketQueue {
             Lane::Disco => self.displaced.disco += displaced,
             Lane::Data => self.displaced.data += displaced,
         }
-        Pushed { lane, displaced, own_dropped }
+        Pushed { lane, displaced, own_dropped, stuck }
     }
 
     /// Takes the packet that is to go next: disco if there is any, or else data. What has waited too long is dropped on
@@ -178,6 +187,7 @@ impl PacketQueue {
                 let (packet, thinned) = line.pop(now, &rules);
                 *displaced += thinned;
                 if packet.is_some() {
+                    self.moved = Some(now);
                     return packet;
                 }
             }

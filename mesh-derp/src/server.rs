@@ -12,6 +12,9 @@
 //! and once a second. When B leaves, everyone who had received a packet from B on their present connection is told with
 //! PeerGone(Disconnected).
 //!
+//! Two things make A be read more slowly, and neither drops anything: [`Pressure`], while most of what it sends is in
+//! vain, and a [`RateLimiter`], if the relay has a limit. An [`AcceptLimiter`] holds back new connections.
+//!
 //! # Several relays in one region
 //! share a secret, the mesh key, and each keeps a *link* to each other one: a client's connection, logged in with the
 //! relay's own key and the mesh key. Over its link to A, B learns who is at A ([`Watch`] is A's side of that) and forwards
@@ -21,10 +24,14 @@
 
 mod connection;
 mod forwarders;
+mod pressure;
+mod rate;
 mod registry;
 mod watch;
 
 pub use connection::{Connection, Input, LOGIN_TIMEOUT, Regional, ServerError};
 pub use forwarders::{DOUBT, LinkId};
+pub use pressure::Pressure;
+pub use rate::{AcceptLimit, AcceptLimiter, MIN_BURST, RateLimit, RateLimiter};
 pub use registry::{ConnectionId, Departure, Registry};
 pub use watch::{Presence, Watch};

@@ -282,6 +282,18 @@ fn only_who_stands_in_the_queue_is_thinned_out() {
 }
 
 #[test]
+fn a_queue_tells_how_long_nothing_has_been_taken() {
+    let (mut queue, begin) = (PacketQueue::new(Depth::default()), start());
+    let stuck = |queue: &mut PacketQueue, at| queue.push(begin + millis(at), node(1), data(1)).stuck;
+    assert_eq!(stuck(&mut queue, 0), millis(0));
+    assert_eq!(stuck(&mut queue, 700), millis(700));
+    assert!(queue.pop(begin + millis(800)).is_some());
+    assert_eq!(stuck(&mut queue, 1000), millis(200));
+    while queue.pop(begin + millis(1000)).is_some() {}
+    assert_eq!(stuck(&mut queue, 9000), millis(0), "it was empty");
+}
+
+#[test]
 fn a_blocked_queue_holds_no_more_memory_than_its_packets_are_long() {
     let (mut queue, now) = (PacketQueue::new(Depth::default()), start());
     let slab = Bytes::from(vec![4; 64 * 1024]);
@@ -301,7 +313,7 @@ fn a_blocked_queue_holds_no_more_memory_than_its_packets_are_long() {
 #[test]
 fn an_idle_queue_gives_its_memory_back() {
     let (mut queue, now) = (PacketQueue::new(Depth::default()), start());
-    assert!(std::mem::size_of::<PacketQueue>() <= 72);
+    assert!(std::mem::size_of::<PacketQueue>() <= 88);
     queue.push(now, node(1), data(1));
     queue.push(now, node(1), disco(1));
     queue.shrink();

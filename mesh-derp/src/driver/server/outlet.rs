@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use mesh_noise::key::NodePublic;
@@ -64,7 +65,7 @@ impl Outlet {
     pub(super) fn push(&self, source: NodePublic, payload: Bytes) -> Pushed {
         let mut waiting = self.waiting();
         if waiting.abandoned {
-            return Pushed { lane: Lane::of(&payload), displaced: 1, own_dropped: 1 };
+            return Pushed { lane: Lane::of(&payload), displaced: 1, own_dropped: 1, stuck: Duration::ZERO };
         }
         let pushed = waiting.queue.push(now(), source, payload);
         drop(waiting);
