@@ -60,6 +60,7 @@ async fn each_malformed_frame_ends_its_own_connection_only() {
         ("watch with a body", with_body(0x10, 1)),
         ("watch", with_body(0x10, 0)),
         ("close without a whole key", with_body(0x11, 31)),
+        ("close with more than a key", with_body(0x11, 33)),
         ("close", with_body(0x11, 32)),
         ("forward", with_body(0x0a, 70)),
         ("a second login", with_body(0x02, 80)),
@@ -96,21 +97,18 @@ async fn the_longest_packet_and_unknown_frames_are_fine() {
 #[tokio::test]
 async fn logins_that_prove_nothing_are_turned_away() {
     let relay = TestRelay::start().await;
-    for (number, first) in [
-        Frame::ClientInfo { node: node_key(1).public(), sealed: vec![0; 100].into() }.to_bytes(),
-        Frame::Ping([0; 8]).to_bytes(),
-        Bytes::from_static(b"GET / HTTP/1.1\r\n\r\n"),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    for (first, expected) in [
+        (Frame::ClientInfo { node: node_key(1).public(), sealed: vec![0; 100].into() }.to_bytes(), (1, 0)),
+        (Frame::Ping([0; 8]).to_bytes(), (1, 1)),
+        (Bytes::from_static(b"GET / HTTP/1.1\r\n\r\n"), (1, 2)),
+    ] {
         let mut raw = Raw::new(TcpStream::connect(relay.address).await.unwrap());
         raw.write(b"GET /derp HTTP/1.1\r\nUpgrade: derp\r\nDerp-Fast-Start: 1\r\n\r\n").await;
         assert!(matches!(raw.frame().await, Some(Frame::ServerKey(_))));
         raw.write(&first).await;
         assert_eq!(raw.frame().await, None);
-        let errors = number as u64 + 1;
-        eventually("refusal", || (relay.counters().protocol_errors == errors).then_some(())).await;
+        let counted = || (relay.counters().logins_refused, relay.counters().protocol_errors);
+        eventually("refusal", || (counted() == expected).then_some(())).await;
     }
     assert_eq!(relay.counters().nodes, 0);
 }

@@ -79,8 +79,12 @@ counters! {
     pings,
     /// PeerGone frames sent.
     peer_gone,
-    /// Connections ended because the client broke protocol or its login was wrong or late.
+    /// Connections ended because the client broke protocol: frames of a wrong kind, order or length.
     protocol_errors,
+    /// Connections ended because the client's login does not prove the key it names.
+    logins_refused,
+    /// Connections ended because the client had not logged in in time.
+    logins_late,
     /// Connections ended because the client was not admitted.
     not_admitted,
     /// Connections ended because the client took no data.

@@ -54,9 +54,22 @@ impl RelayServer {
             Ended::Closed | Ended::Dismissed | Ended::Io(_) => {}
             Ended::NotAdmitted => self.counters.not_admitted.add(1),
             Ended::Stalled => self.counters.stalled.add(1),
-            Ended::Protocol(_) => self.counters.protocol_errors.add(1),
+            Ended::Protocol(error) => self.count_error(error),
         }
         tracing::debug!(%peer, %reason, "relay connection ended");
+    }
+
+    fn count_error(&self, error: &ServerError) {
+        let counter = match error {
+            ServerError::Login(_) => &self.counters.logins_refused,
+            ServerError::LoginTimeout => &self.counters.logins_late,
+            ServerError::Frame(_)
+            | ServerError::BeforeLogin(_)
+            | ServerError::SecondLogin
+            | ServerError::NotARelay(_)
+            | ServerError::WrongDirection(_) => &self.counters.protocol_errors,
+        };
+        counter.add(1);
     }
 
     async fn relay_until_end<S>(
