@@ -16,6 +16,7 @@ pub mod listener;
 #[cfg(feature = "server")]
 pub mod server;
 mod stream;
+mod websocket;
 
 pub use stream::{Detached, Duplex, Rewind, Socket, Transport, read_request_head};
 

@@ -14,6 +14,7 @@ pub mod server;
 #[cfg(feature = "tokio")]
 pub mod tls;
 pub mod upgrade;
+pub mod websocket;
 pub mod x509;
 
 #[cfg(test)]

@@ -6,3 +6,4 @@ mod faults;
 mod harness;
 mod http;
 mod overload;
+mod websocket;

@@ -2,7 +2,8 @@
 //!
 //! | path | answer |
 //! |---|---|
-//! | `/derp` | becomes a relay connection (101, or silence with `Derp-Fast-Start: 1`); 426 without `Upgrade: DERP` |
+//! | `/derp` | becomes a relay connection (101, or silence with `Derp-Fast-Start: 1`); 426 without `Upgrade: DERP`; |
+//! | | with `Upgrade: websocket` and the sub-protocol `derp`, inside WebSocket messages |
 //! | `/derp/probe`, `/derp/latency-check` | 200, empty, for any origin; 405 unless GET or HEAD |
 //! | `/generate_204` | 204; echoes `X-Tailscale-Challenge` of 1 to 64 characters `A-Za-z0-9._:-` |
 //! | `/robots.txt` | nothing is to be indexed |
@@ -14,12 +15,15 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::timeout;
 
 use super::RelayServer;
 use crate::driver::stream::{Rewind, Transport, read_request_head};
+use crate::driver::websocket::WebSocket;
 use crate::upgrade::{self, Asked, RequestHead};
+use crate::websocket::{self, Role};
 
 impl RelayServer {
     /// Answers the request whose `head` was read from `stream`, and those that follow on the same connection, until it
@@ -29,7 +33,11 @@ impl RelayServer {
             if head.path() == "/derp" {
                 match upgrade::asked(&head) {
                     Asked::Relay { fast_start, .. } => return self.relay(stream, fast_start, peer_addr).await,
-                    Asked::WebSocket | Asked::NoUpgrade => {}
+                    Asked::WebSocket => {
+                        let Some(stream) = self.carry_in_messages(stream, &head).await else { return };
+                        return self.relay(stream, true, peer_addr).await;
+                    }
+                    Asked::NoUpgrade => {}
                 }
             }
             let keep = head.keeps_alive()
@@ -52,6 +60,26 @@ impl RelayServer {
                 Ok(Ok(None) | Err(_)) | Err(_) => return,
             }
         }
+    }
+}
+
+impl RelayServer {
+    /// Opens the WebSocket connection that `head` asks for, or says in vain what is wrong with the request.
+    async fn carry_in_messages(&self, mut stream: Rewind<Transport>, head: &RequestHead) -> Option<Rewind<Transport>> {
+        let (answer, opened) = match websocket::accepted(head) {
+            Ok(answer) => (answer, true),
+            Err(error) => {
+                let headers = [("Sec-WebSocket-Version", "13"), ("Connection", "close")];
+                (upgrade::response(400, "Bad Request", &headers, &format!("{error}\n"), false), false)
+            }
+        };
+        let written = async {
+            stream.write_all(&answer).await?;
+            stream.flush().await
+        };
+        let written = timeout(self.config.write_stall, written).await;
+        let carried = || Transport::Other(Box::new(WebSocket::new(stream, Role::Server)));
+        (opened && matches!(written, Ok(Ok(())))).then(|| Rewind::new(Bytes::new(), carried()))
     }
 }
 
