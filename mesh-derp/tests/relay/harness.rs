@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use mesh_derp::driver::client::{Options, RelayClient, RelayEvent};
-use mesh_derp::driver::listener::Acceptor;
+use mesh_derp::driver::listener::{Acceptor, Timing};
 use mesh_derp::driver::server::{Config, Counters, RelayServer};
 use mesh_derp::frame::{Decoder, Frame};
 use mesh_derp::login::ClientInfo;
@@ -74,9 +74,19 @@ impl TestRelay {
     }
 
     pub(crate) async fn start_showing(tls: &ServerTls, config: Config, address: SocketAddr) -> Self {
+        Self::start_listening(tls, config, Timing::default(), address).await
+    }
+
+    /// One with other limits on what comes before a relay connection.
+    pub(crate) async fn start_timed(timing: Timing) -> Self {
+        let tls = ServerTls::generate(&["localhost".to_owned()]).unwrap();
+        Self::start_listening(&tls, Config::default(), timing, "127.0.0.1:0".parse().unwrap()).await
+    }
+
+    async fn start_listening(tls: &ServerTls, config: Config, timing: Timing, address: SocketAddr) -> Self {
         let server = RelayServer::new(relay_key(), config);
         let tls_config = tls.config(Some(server.public())).unwrap();
-        let mut acceptor = Acceptor::bind(&[address], Some(tls_config)).await.unwrap();
+        let mut acceptor = Acceptor::bind(&[address], Some(tls_config)).await.unwrap().with_timing(timing);
         let address = acceptor.local_addrs().unwrap()[0];
         let serving = Arc::clone(&server);
         let accepting = tokio::spawn(async move {

@@ -1,6 +1,8 @@
 //! The relay and its clients over loopback: what a user of the crate sees.
 #![cfg(test)]
 
+mod attacks;
+mod checklist;
 mod clients;
 mod faults;
 mod harness;
