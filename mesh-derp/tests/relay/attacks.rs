@@ -143,12 +143,11 @@ async fn what_is_announced_is_not_set_aside_and_what_is_too_long_is_refused_at_o
     assert!(grown < 40 * MIB, "{} MiB for announcements", grown / MIB);
     drop(announced);
     // Frames longer than their kind may be end their connection with the header: no client gets to send the rest.
-    let mut refused = 0;
-    for header in [&[0x04, 0, 1, 0, 33][..], &[0x04, 0xff, 0xff, 0xff, 0xff], &[0x77, 0xff, 0xff, 0xff, 0xff]] {
+    let headers = [&[0x04, 0, 1, 0, 33][..], &[0x04, 0xff, 0xff, 0xff, 0xff], &[0x77, 0xff, 0xff, 0xff, 0xff]];
+    for (refused, header) in (1..).zip(headers) {
         let mut raw = relay.raw(&node_key(80)).await;
         raw.write(header).await;
         assert_eq!(raw.frame().await, None, "{header:?}");
-        refused += 1;
         eventually("counted", || (relay.counters().protocol_errors == refused).then_some(())).await;
         served.packet().await;
     }

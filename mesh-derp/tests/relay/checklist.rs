@@ -4,7 +4,7 @@
 //! |---|---|
 //! | 1 the relay's key comes first, even under fast start; a client that knows it skips it | `fast_start_gets_frames_without_any_http_response`, `fast_start_logs_in_at_once_and_skips_the_repeated_key` |
 //! | 2 a client takes longer keys, unknown frames and PeerPresent and PeerGone of every length | `a_client_takes_what_relays_of_any_age_send`, `tails_are_ignored_and_missing_members_have_defaults` |
-//! | 3 `Upgrade: derp`, `DERP` and `WebSocket` without a sub-protocol are DERP; with `derp` it is WebSocket | `each_upgrade_that_clients_ask_for_is_served`, `upgrade_tokens_are_told_apart` |
+//! | 3 `Upgrade: derp`, `DERP` and `WebSocket` without a sub-protocol are DERP; with `derp` it is WebSocket | `each_upgrade_that_clients_ask_for_is_served`, `upgrade_tokens_are_told_apart`, `a_foreign_websocket_client_over_tls_and_one_of_ours_exchange_packets` |
 //! | 4 meta-certificate: name, serial, TLS 1.3 only, last in the chain, skipped by pins; without it the 101 path | `the_meta_certificate_carries_the_key_and_the_version`, `a_round_trip_is_saved_only_where_the_key_is_told_in_secret`, `the_pinned_leaf_with_a_meta_certificate_is_accepted`, `the_pinned_certificate_has_to_be_the_leaf` |
 //! | 5 ClientInfo of 56 bytes to 256 KiB; a wrong box ends the connection | `the_login_has_a_least_and_a_greatest_length`, `logins_that_prove_nothing_are_turned_away` |
 //! | 6 NotePreferred of 1 byte, WatchConns of 0, ClosePeer of 32; what only relays may do ends the connection | `each_malformed_frame_ends_its_own_connection_only`, `each_forbidden_frame_ends_the_connection_with_its_own_reason` |
