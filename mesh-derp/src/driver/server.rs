@@ -1,9 +1,10 @@
 //! The relay: what answers the requests that a [`listener`](super::listener) has read.
 //!
-//! `http` answers what a listener has read, `session` runs one relay connection, `outlet` is what waits for its client,
-//! and the [`Registry`] between them says who is where.
+//! `http` answers what a listener has read, `login` lets a client in, `session` runs its connection on one of the `shards`,
+//! `outlet` is what waits for it, and the [`Registry`] between them says who is where.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use mesh_noise::key::{NodePublic, RelayPrivate, RelayPublic};
@@ -16,14 +17,19 @@ mod admission;
 mod counters;
 mod http;
 mod key;
+mod login;
 mod outlet;
+mod routes;
 mod session;
+mod shards;
+mod slab;
 
 pub use admission::{Admission, AllowAll, AllowList, Applicant};
 use counters::Atomics;
 pub use counters::Counters;
 pub use key::load_or_generate_key;
 use outlet::Outlet;
+use shards::Shards;
 
 /// A relay's settings. The defaults suit a public relay.
 #[derive(Debug, Clone)]
@@ -39,6 +45,9 @@ pub struct Config {
     pub write_stall: Duration,
     /// How long an answered HTTP connection may be silent. 30 s.
     pub idle_http: Duration,
+    /// Threads that pass packets on. Half as many as there are cores, and at least one: TLS handshakes, and the system's
+    /// share of every packet, need the others.
+    pub threads: usize,
 }
 
 impl Default for Config {
@@ -49,6 +58,7 @@ impl Default for Config {
             keep_alive: Duration::from_secs(60),
             write_stall: Duration::from_secs(10),
             idle_http: Duration::from_secs(30),
+            threads: std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2).max(1),
         }
     }
 }
@@ -60,7 +70,10 @@ pub struct RelayServer {
     public: RelayPublic,
     config: Config,
     registry: RwLock<Registry<Arc<Outlet>>>,
+    /// How often somebody has come, gone, or become another connection: what was read before may be out of date.
+    generation: AtomicU64,
     counters: Atomics,
+    shards: OnceLock<Shards>,
 }
 
 impl RelayServer {
@@ -68,8 +81,8 @@ impl RelayServer {
     #[must_use]
     pub fn new(key: RelayPrivate, config: Config) -> Arc<Self> {
         let public = key.public();
-        let (registry, counters) = (RwLock::new(Registry::new()), Atomics::default());
-        Arc::new(Self { key, public, config, registry, counters })
+        let (registry, counters, shards) = (RwLock::new(Registry::new()), Atomics::default(), OnceLock::new());
+        Arc::new(Self { key, public, config, registry, generation: AtomicU64::new(0), counters, shards })
     }
 
     /// Its public key.
@@ -115,6 +128,19 @@ impl RelayServer {
 
     fn registry(&self) -> RwLockReadGuard<'_, Registry<Arc<Outlet>>> {
         self.registry.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The threads of the connections, started when they are first needed.
+    fn shards(&self) -> &Shards {
+        self.shards.get_or_init(|| Shards::start(self.config.threads))
+    }
+
+    /// Changes who is where, and lets all connections forget what they remember of it.
+    fn change_registry<R>(&self, change: impl FnOnce(&mut Registry<Arc<Outlet>>) -> R) -> R {
+        let mut registry = self.registry_mut();
+        let result = change(&mut registry);
+        self.generation.fetch_add(1, Ordering::Release);
+        result
     }
 
     fn registry_mut(&self) -> RwLockWriteGuard<'_, Registry<Arc<Outlet>>> {

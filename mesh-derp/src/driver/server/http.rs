@@ -20,6 +20,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::time::timeout;
 
 use super::RelayServer;
+use super::session::Running;
 use crate::driver::stream::{Rewind, Transport, read_request_head};
 use crate::driver::websocket::WebSocket;
 use crate::upgrade::{self, Asked, RequestHead};
@@ -28,14 +29,29 @@ use crate::websocket::{self, Role};
 impl RelayServer {
     /// Answers the request whose `head` was read from `stream`, and those that follow on the same connection, until it
     /// ends. Never fails: why a connection ended is a trace line and a counter.
-    pub async fn serve(self: Arc<Self>, mut stream: Rewind<Transport>, mut head: RequestHead, peer_addr: SocketAddr) {
+    ///
+    /// Dropping the future ends the connection.
+    pub async fn serve(self: Arc<Self>, stream: Rewind<Transport>, head: RequestHead, peer_addr: SocketAddr) {
+        // Once the connection runs elsewhere, what stands here is small.
+        let running = Box::pin(self.answer_until_upgrade(stream, head, peer_addr)).await;
+        if let Some(running) = running {
+            running.wait().await;
+        }
+    }
+
+    async fn answer_until_upgrade(
+        self: Arc<Self>,
+        mut stream: Rewind<Transport>,
+        mut head: RequestHead,
+        peer_addr: SocketAddr,
+    ) -> Option<Running> {
         loop {
             if head.path() == "/derp" {
                 match upgrade::asked(&head) {
-                    Asked::Relay { fast_start, .. } => return self.relay(stream, fast_start, peer_addr).await,
+                    Asked::Relay { fast_start, .. } => return self.log_in(stream, fast_start, peer_addr).await,
                     Asked::WebSocket => {
-                        let Some(stream) = self.carry_in_messages(stream, &head).await else { return };
-                        return self.relay(stream, true, peer_addr).await;
+                        let stream = self.carry_in_messages(stream, &head).await?;
+                        return self.log_in(stream, true, peer_addr).await;
                     }
                     Asked::NoUpgrade => {}
                 }
@@ -50,14 +66,14 @@ impl RelayServer {
             };
             if !matches!(timeout(self.config.write_stall, written).await, Ok(Ok(()))) || !keep {
                 let _ = timeout(self.config.write_stall, stream.shutdown()).await;
-                return;
+                return None;
             }
             match timeout(self.config.idle_http, read_request_head(&mut stream)).await {
                 Ok(Ok(Some((next, _, rest)))) => {
                     stream.unread(rest);
                     head = next;
                 }
-                Ok(Ok(None) | Err(_)) | Err(_) => return,
+                Ok(Ok(None) | Err(_)) | Err(_) => return None,
             }
         }
     }

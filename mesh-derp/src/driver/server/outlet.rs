@@ -1,24 +1,23 @@
 //! What waits to be written to one client.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::task::Waker;
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use mesh_noise::key::NodePublic;
-use tokio::sync::Notify;
 
 use super::counters::Atomics;
-use crate::driver::now;
+use super::slab::UNIT;
 use crate::frame::Frame;
-use crate::queue::{Depth, Lane, PacketQueue, Pushed};
+use crate::queue::{Depth, Lane, PacketQueue};
 
-/// How much is handed to the socket at once: four TLS records.
-const BATCH: usize = 64 * 1024;
 /// Frames about other nodes that may wait; beyond that the oldest goes. A client does not rely on hearing of every
 /// departure.
 const MAX_NEWS: usize = 256;
+/// Where filling a unit stops: a frame of the usual size that begins before this still fits.
+const FILL: usize = UNIT - 2048;
 
 #[derive(Debug)]
 struct Waiting {
@@ -28,29 +27,40 @@ struct Waiting {
     news: VecDeque<Frame>,
     home: bool,
     abandoned: bool,
+    closing: bool,
+    /// The connection's task.
+    task: Option<Waker>,
+    /// Whether it sleeps until something is put in.
+    asleep: bool,
 }
 
-/// Everything that waits to be written to one client, filled by other clients' readers and emptied by its writer.
+impl Waiting {
+    /// The task to wake because something was put in.
+    fn rouse(&mut self) -> Option<Waker> {
+        if std::mem::take(&mut self.asleep) { self.task.clone() } else { None }
+    }
+}
+
+/// Everything that waits to be written to one client, filled by other clients' connections and emptied by its own.
 #[derive(Debug)]
 pub(super) struct Outlet {
     node: NodePublic,
     waiting: Mutex<Waiting>,
-    ready: Notify,
-    close: Notify,
-    closing: AtomicBool,
 }
 
 impl Outlet {
     pub(super) fn new(node: NodePublic, depth: Depth) -> Self {
-        let queue = PacketQueue::new(depth);
-        let waiting = Waiting { queue, pong: None, news: VecDeque::new(), home: false, abandoned: false };
-        Self {
-            node,
-            waiting: Mutex::new(waiting),
-            ready: Notify::new(),
-            close: Notify::new(),
-            closing: AtomicBool::new(false),
-        }
+        let waiting = Waiting {
+            queue: PacketQueue::new(depth),
+            pong: None,
+            news: VecDeque::new(),
+            home: false,
+            abandoned: false,
+            closing: false,
+            task: None,
+            asleep: false,
+        };
+        Self { node, waiting: Mutex::new(waiting) }
     }
 
     pub(super) const fn node(&self) -> &NodePublic {
@@ -61,31 +71,58 @@ impl Outlet {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues a packet; says what came of it. On a connection that has just ended the packet itself counts as displaced.
-    pub(super) fn push(&self, source: NodePublic, payload: Bytes) -> Pushed {
+    fn put<R>(&self, put: impl FnOnce(&mut Waiting) -> R) -> R {
         let mut waiting = self.waiting();
-        if waiting.abandoned {
-            return Pushed { lane: Lane::of(&payload), displaced: 1, own_dropped: 1, stuck: Duration::ZERO };
-        }
-        let pushed = waiting.queue.push(now(), source, payload);
+        let result = put(&mut waiting);
+        let roused = waiting.rouse();
         drop(waiting);
-        self.ready.notify_one();
-        pushed
+        if let Some(task) = roused {
+            task.wake();
+        }
+        result
+    }
+
+    /// Queues packets, counts those that they displace, and says how many of `source`'s have been dropped here of late. On
+    /// a connection that has just ended they themselves count as dropped.
+    pub(super) fn push(
+        &self,
+        now: Instant,
+        source: NodePublic,
+        packets: impl Iterator<Item = Bytes>,
+        counters: &Atomics,
+    ) -> u64 {
+        let (mut disco, mut data, mut own) = (0, 0, 0);
+        let gone = self.put(|waiting| {
+            if waiting.abandoned {
+                return packets.count();
+            }
+            for payload in packets {
+                let pushed = waiting.queue.push(now, source, payload);
+                match pushed.lane {
+                    Lane::Disco => disco += pushed.displaced,
+                    Lane::Data => data += pushed.displaced,
+                }
+                own += pushed.own_dropped;
+            }
+            0
+        });
+        counters.dropped_queue_disco.add(disco);
+        counters.dropped_queue_data.add(data);
+        counters.dropped_gone.add(gone as u64);
+        own
     }
 
     pub(super) fn pong(&self, data: [u8; 8]) {
-        self.waiting().pong.get_or_insert(data);
-        self.ready.notify_one();
+        self.put(|waiting| waiting.pong.get_or_insert(data).len());
     }
 
     pub(super) fn tell(&self, news: Frame) {
-        let mut waiting = self.waiting();
-        if waiting.news.len() >= MAX_NEWS {
-            waiting.news.pop_front();
-        }
-        waiting.news.push_back(news);
-        drop(waiting);
-        self.ready.notify_one();
+        self.put(|waiting| {
+            if waiting.news.len() >= MAX_NEWS {
+                waiting.news.pop_front();
+            }
+            waiting.news.push_back(news);
+        });
     }
 
     pub(super) fn set_home(&self, home: bool, counters: &Atomics) {
@@ -97,13 +134,8 @@ impl Outlet {
         }
     }
 
-    /// Waits until there may be something to write.
-    pub(super) async fn ready(&self) {
-        self.ready.notified().await;
-    }
-
-    /// Moves what waits into `out`, most urgent first, up to one batch.
-    pub(super) fn fill(&self, out: &mut BytesMut, counters: &Atomics) {
+    /// Moves what waits into `out`, most urgent first, up to one unit. Whether it is full and more may wait.
+    pub(super) fn fill(&self, now: Instant, out: &mut BytesMut, counters: &Atomics) -> bool {
         let mut waiting = self.waiting();
         let (mut frames, mut packets, mut bytes) = (0, 0, 0);
         let dropped = waiting.queue.displaced().data;
@@ -111,14 +143,13 @@ impl Outlet {
             Frame::Pong(data).encode(out);
             frames += 1;
         }
-        while out.len() < BATCH
+        while out.len() < FILL
             && let Some(news) = waiting.news.pop_front()
         {
             news.encode(out);
             frames += 1;
         }
-        let now = now();
-        while out.len() < BATCH
+        while out.len() < FILL
             && let Some(packet) = waiting.queue.pop(now)
         {
             bytes += packet.payload.len() as u64;
@@ -126,11 +157,41 @@ impl Outlet {
             Frame::RecvPacket { source: packet.node, payload: packet.payload }.encode(out);
         }
         // What is displaced by a packet is counted when that is put in.
-        counters.dropped_queue_data.add(waiting.queue.displaced().data - dropped);
+        let dropped = waiting.queue.displaced().data - dropped;
         drop(waiting);
+        counters.dropped_queue_data.add(dropped);
         counters.frames_out.add(frames + packets);
         counters.packets_out.add(packets);
         counters.bytes_out.add(bytes);
+        out.len() >= FILL
+    }
+
+    /// The connection's task is about to sleep; `until_filled` if it has nothing to write.
+    pub(super) fn sleep(&self, task: &Waker, until_filled: bool) -> Sleep {
+        let mut waiting = self.waiting();
+        if waiting.closing {
+            return Sleep::Closing;
+        }
+        if until_filled && (waiting.pong.is_some() || !waiting.news.is_empty() || !waiting.queue.is_empty()) {
+            return Sleep::Not;
+        }
+        waiting.asleep = until_filled;
+        if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
+            waiting.task = Some(task.clone());
+        }
+        Sleep::Until
+    }
+
+    /// The client takes nothing, or does again: what waits meanwhile keeps no buffers of its senders'.
+    pub(super) fn set_blocked(&self, blocked: bool) {
+        self.waiting().queue.set_blocked(blocked);
+    }
+
+    /// Nothing has waited for long: gives back what the queue holds.
+    pub(super) fn shrink(&self) {
+        let mut waiting = self.waiting();
+        waiting.queue.shrink();
+        waiting.news.shrink_to_fit();
     }
 
     /// Throws away what waits and refuses more; says how many packets that were.
@@ -138,19 +199,29 @@ impl Outlet {
         self.set_home(false, counters);
         let mut waiting = self.waiting();
         waiting.abandoned = true;
+        waiting.task = None;
         waiting.queue.clear() as u64
     }
 
     /// Ends the connection.
     pub(super) fn close(&self) {
-        self.closing.store(true, Ordering::Release);
-        self.close.notify_one();
-    }
-
-    /// Waits until [`Outlet::close`].
-    pub(super) async fn closed(&self) {
-        while !self.closing.load(Ordering::Acquire) {
-            self.close.notified().await;
+        let mut waiting = self.waiting();
+        waiting.closing = true;
+        let task = waiting.task.take();
+        drop(waiting);
+        if let Some(task) = task {
+            task.wake();
         }
     }
+}
+
+/// Whether a connection's task may sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sleep {
+    /// It may, and will be woken.
+    Until,
+    /// No: something has been put in meanwhile.
+    Not,
+    /// No: the connection is to end.
+    Closing,
 }

@@ -1,269 +1,72 @@
-//! One relay connection, from its login to its end.
+//! One relay connection, from its login to its end: a task on a [shard](super::shards).
+//!
+//! Each time the task runs it writes one unit of what waits for its client, and reads one unit of what its client has
+//! sent. Reading twice in a row takes a turn; see there.
 
 use std::collections::HashSet;
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use mesh_noise::key::NodePublic;
-use mesh_noise::random::SystemRng;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::time::timeout;
+use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::Sleep as Timer;
 
-use super::outlet::Outlet;
-use super::{Applicant, RelayServer};
-use crate::driver::stream::Rewind;
-use crate::driver::{make_room, now, random_fraction};
+use super::RelayServer;
+use super::login::Ended;
+use super::outlet::{Outlet, Sleep};
+use super::routes::Routes;
+use super::slab;
+use crate::driver::stream::{Rewind, Transport};
+use crate::driver::{now, random_fraction};
 use crate::frame::{Frame, GoneReason};
 use crate::queue::Lane;
-use crate::server::{Connection, ConnectionId, Input, ServerError};
-use crate::upgrade;
+use crate::server::{Connection, ConnectionId, Input};
 
-/// How much is read from a connection at once.
-const READ_CHUNK: usize = 16 * 1024;
+/// What is added to the configured keep-alive period, at random, once a connection.
+const KEEP_ALIVE_SPREAD: Duration = Duration::from_secs(5);
+/// How long a client may take nothing before its queue stops holding on to the buffers that others' packets came in.
+const BRIEF: Duration = Duration::from_millis(20);
+/// Receivers that a connection remembers having given a packet to.
+const MAX_GIVEN: usize = 16 * 1024;
 
-/// Why a relay connection ended.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-enum Ended {
-    #[error("client closed the connection")]
-    Closed,
-    #[error("closed by the relay")]
-    Dismissed,
-    #[error("client not admitted")]
-    NotAdmitted,
-    #[error("client takes no data")]
-    Stalled,
-    #[error(transparent)]
-    Protocol(#[from] ServerError),
-    #[error("connection lost: {0}")]
-    Io(#[from] io::Error),
+/// A connection that runs on its shard. Dropping this ends it.
+#[derive(Debug)]
+pub(super) struct Running {
+    outlet: Arc<Outlet>,
+    ended: oneshot::Receiver<()>,
 }
 
-impl RelayServer {
-    pub(super) async fn relay<S>(&self, stream: Rewind<S>, fast_start: bool, peer: SocketAddr)
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send,
-    {
-        self.counters.accepts.add(1);
-        let ended = self.relay_until_end(stream, fast_start, peer).await;
-        let Err(reason) = ended;
-        match &reason {
-            Ended::Closed | Ended::Dismissed | Ended::Io(_) => {}
-            Ended::NotAdmitted => self.counters.not_admitted.add(1),
-            Ended::Stalled => self.counters.stalled.add(1),
-            Ended::Protocol(error) => self.count_error(error),
-        }
-        tracing::debug!(%peer, %reason, "relay connection ended");
-    }
-
-    fn count_error(&self, error: &ServerError) {
-        let counter = match error {
-            ServerError::Login(_) => &self.counters.logins_refused,
-            ServerError::LoginTimeout => &self.counters.logins_late,
-            ServerError::Frame(_)
-            | ServerError::BeforeLogin(_)
-            | ServerError::SecondLogin
-            | ServerError::NotARelay(_)
-            | ServerError::WrongDirection(_) => &self.counters.protocol_errors,
-        };
-        counter.add(1);
-    }
-
-    async fn relay_until_end<S>(
-        &self,
-        mut stream: Rewind<S>,
-        fast_start: bool,
-        peer: SocketAddr,
-    ) -> Result<std::convert::Infallible, Ended>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send,
-    {
-        let mut core = Connection::new(now(), self.key.clone(), &mut SystemRng);
-        let mut greeting = BytesMut::new();
-        if !fast_start {
-            greeting.extend_from_slice(&upgrade::accepted(&self.public));
-        }
-        while let Some(bytes) = core.poll_transmit() {
-            greeting.extend_from_slice(&bytes);
-        }
-        let node = {
-            let login = self.log_in(&mut stream, &mut core, &greeting);
-            let deadline = tokio::time::sleep(crate::server::LOGIN_TIMEOUT);
-            tokio::select! {
-                node = login => node?,
-                () = deadline => return Err(ServerError::LoginTimeout.into()),
-            }
-        };
-        if !self.config.admission.admit(Applicant { node, address: peer.ip() }).await {
-            return Err(Ended::NotAdmitted);
-        }
-        core.admit();
-        let outlet = Arc::new(Outlet::new(node, self.config.queue));
-        let id = self.registry_mut().register(node, Arc::clone(&outlet));
-        let registration = Registration { server: self, id, outlet: &outlet };
-        tracing::debug!(%peer, node = %node.short(), "relay connection open");
-        let mut first = BytesMut::new();
-        while let Some(bytes) = core.poll_transmit() {
-            first.extend_from_slice(&bytes);
-        }
-        let (reader, writer) = tokio::io::split(stream);
-        let result = tokio::select! {
-            ended = self.read(reader, core, node, &registration) => ended,
-            ended = self.write(writer, first, &outlet) => ended,
-            () = outlet.closed() => Err(Ended::Dismissed),
-        };
-        drop(registration);
-        result
-    }
-
-    async fn log_in<S: AsyncRead + AsyncWrite + Unpin>(
-        &self,
-        stream: &mut Rewind<S>,
-        core: &mut Connection,
-        greeting: &[u8],
-    ) -> Result<NodePublic, Ended> {
-        stream.write_all(greeting).await?;
-        stream.flush().await?;
-        loop {
-            if let Some(input) = core.poll_input()? {
-                match input {
-                    Input::Login { node, .. } => return Ok(node),
-                    Input::Packet { .. }
-                    | Input::Ping(_)
-                    | Input::Preferred(_)
-                    | Input::Regional(_)
-                    | Input::Nothing => continue,
-                }
-            }
-            let buffer = core.read_buffer();
-            make_room(buffer, READ_CHUNK);
-            if stream.read_buf(buffer).await? == 0 {
-                return Err(Ended::Closed);
-            }
-        }
-    }
-
-    async fn read<R: AsyncRead + Unpin>(
-        &self,
-        mut reader: R,
-        mut core: Connection,
-        node: NodePublic,
-        registration: &Registration<'_>,
-    ) -> Result<std::convert::Infallible, Ended> {
-        let Registration { id, outlet, .. } = *registration;
-        let (mut given, mut skipped) = (HashSet::new(), 0);
-        loop {
-            while let Some(input) = core.poll_input()? {
-                self.counters.frames_in.add(1);
-                self.note_active(id);
-                match input {
-                    Input::Packet { destination, payload } => {
-                        self.pass_on(&mut core, node, destination, payload, outlet, &mut given);
-                    }
-                    Input::Ping(data) => {
-                        self.counters.pings.add(1);
-                        outlet.pong(data);
-                    }
-                    Input::Preferred(home) => outlet.set_home(home, &self.counters),
-                    Input::Login { .. } | Input::Regional(_) | Input::Nothing => {}
-                }
-            }
-            self.counters.frames_unknown.add(core.skipped() - skipped);
-            skipped = core.skipped();
-            let buffer = core.read_buffer();
-            make_room(buffer, READ_CHUNK);
-            if reader.read_buf(buffer).await? == 0 {
-                return Err(Ended::Closed);
-            }
-        }
-    }
-
-    fn pass_on(
-        &self,
-        core: &mut Connection,
-        source: NodePublic,
-        destination: NodePublic,
-        payload: Bytes,
-        own: &Outlet,
-        given: &mut HashSet<ConnectionId>,
-    ) {
-        self.counters.packets_in.add(1);
-        self.counters.bytes_in.add(payload.len() as u64);
-        let found = self.registry().route(&destination).map(|(id, outlet)| (id, Arc::clone(outlet)));
-        let Some((id, receiver)) = found else {
-            self.counters.dropped_unknown.add(1);
-            if Lane::of(&payload) == Lane::Disco && core.may_report_missing(now()) {
-                self.counters.peer_gone.add(1);
-                own.tell(Frame::PeerGone { peer: destination, reason: GoneReason::NotHere });
-            }
-            return;
-        };
-        if given.insert(id) {
-            // Identifiers are never used twice, so a long-lived sender's list would grow with every reconnect.
-            if given.len() > 16 * 1024 {
-                given.clear();
-            }
-            self.registry_mut().note_heard(id, source);
-        }
-        let pushed = receiver.push(source, payload);
-        match pushed.lane {
-            Lane::Disco => self.counters.dropped_queue_disco.add(pushed.displaced),
-            Lane::Data => self.counters.dropped_queue_data.add(pushed.displaced),
-        }
-    }
-
-    fn note_active(&self, id: ConnectionId) {
-        let shadowed = self.registry().is_shadowed(id);
-        if shadowed {
-            self.registry_mut().touch(id);
-        }
-    }
-
-    async fn write<W: AsyncWrite + Unpin>(
-        &self,
-        mut writer: W,
-        mut out: BytesMut,
-        outlet: &Outlet,
-    ) -> Result<std::convert::Infallible, Ended> {
-        let period = self.config.keep_alive + Duration::from_secs(5).mul_f64(random_fraction());
-        let mut keep_alive = tokio::time::interval_at(tokio::time::Instant::now() + period, period);
-        keep_alive.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            outlet.fill(&mut out, &self.counters);
-            if out.is_empty() {
-                tokio::select! {
-                    () = outlet.ready() => {}
-                    _ = keep_alive.tick() => {
-                        self.counters.frames_out.add(1);
-                        Frame::KeepAlive.encode(&mut out);
-                    }
-                }
-                continue;
-            }
-            while !out.is_empty() {
-                let written = timeout(self.config.write_stall, writer.write_buf(&mut out)).await;
-                if written.map_err(|_| Ended::Stalled)?? == 0 {
-                    return Err(Ended::Closed);
-                }
-            }
-            timeout(self.config.write_stall, writer.flush()).await.map_err(|_| Ended::Stalled)??;
-        }
+impl Running {
+    /// Waits until the connection has ended.
+    pub(super) async fn wait(mut self) {
+        let _ = (&mut self.ended).await;
     }
 }
 
-/// A connection's place in the registry, given up when its future ends or is dropped.
-struct Registration<'a> {
-    server: &'a RelayServer,
-    id: ConnectionId,
-    outlet: &'a Arc<Outlet>,
-}
-
-impl Drop for Registration<'_> {
+impl Drop for Running {
     fn drop(&mut self) {
-        let departure = self.server.registry_mut().unregister(self.id);
+        self.outlet.close();
+    }
+}
+
+/// A connection's place in the registry, given up when its task ends.
+#[derive(Debug)]
+struct Registration {
+    server: Arc<RelayServer>,
+    id: ConnectionId,
+    outlet: Arc<Outlet>,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let departure = self.server.change_registry(|registry| registry.unregister(self.id));
         let counters = &self.server.counters;
         counters.dropped_gone.add(self.outlet.abandon(counters));
         if let Some(departure) = departure {
@@ -273,4 +76,348 @@ impl Drop for Registration<'_> {
             }
         }
     }
+}
+
+type AwaitedTurn = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
+/// Whether this connection may be read.
+enum Reading {
+    /// It may: it has been read dry before.
+    Free,
+    /// When its turn comes.
+    Waiting(AwaitedTurn),
+    /// It is its turn.
+    Turn(#[expect(dead_code, reason = "held, not used")] OwnedSemaphorePermit),
+}
+
+/// What became of writing one unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Written {
+    /// It is gone, and nothing else waited.
+    All,
+    /// It is gone, and there is probably more.
+    More,
+    /// The socket has not taken all of it; the task will be woken when it takes more.
+    Blocked,
+}
+
+/// One relay connection. See the [module doc](self).
+pub(super) struct Session {
+    stream: Rewind<Transport>,
+    core: Connection,
+    node: NodePublic,
+    registration: Registration,
+    /// What the socket has not taken yet of the present unit.
+    out: BytesMut,
+    unflushed: bool,
+    /// Since when the client takes nothing, if it does not.
+    blocked_since: Option<Instant>,
+    /// Whether the queue knows.
+    told_blocked: bool,
+    keep_alive_period: Duration,
+    keep_alive_at: Instant,
+    reading: Reading,
+    routes: Routes,
+    /// Receivers that know of this node because they were given a packet from it.
+    given: HashSet<ConnectionId>,
+    skipped: u64,
+}
+
+/// Registers a client that has been let in and hands its connection to a shard.
+///
+/// # Errors
+/// If the system does not let the connection go from the present runtime.
+pub(super) fn start(
+    server: Arc<RelayServer>,
+    stream: Rewind<Transport>,
+    core: Connection,
+    node: NodePublic,
+    peer: SocketAddr,
+) -> io::Result<Running> {
+    let stream = stream.detach()?;
+    let outlet = Arc::new(Outlet::new(node, server.config.queue));
+    let id = server.change_registry(|registry| registry.register(node, Arc::clone(&outlet)));
+    let registration = Registration { server: Arc::clone(&server), id, outlet: Arc::clone(&outlet) };
+    let shard = server.shards().pick();
+    let turn = Arc::clone(shard.turn());
+    let (on_end, ended) = oneshot::channel();
+    let runtime = shard.runtime().clone();
+    runtime.spawn(async move {
+        let reason = match stream.attach() {
+            Ok(stream) => Session::new(registration, stream, core, node).run(turn).await,
+            Err(error) => error.into(),
+        };
+        server.note_end(peer, &reason);
+        let _ = on_end.send(());
+    });
+    Ok(Running { outlet, ended })
+}
+
+impl Session {
+    fn new(registration: Registration, stream: Rewind<Transport>, mut core: Connection, node: NodePublic) -> Self {
+        let mut out = BytesMut::new();
+        while let Some(bytes) = core.poll_transmit() {
+            out.extend_from_slice(&bytes);
+        }
+        let period = registration.server.config.keep_alive + KEEP_ALIVE_SPREAD.mul_f64(random_fraction());
+        Self {
+            stream,
+            core,
+            node,
+            out,
+            unflushed: false,
+            blocked_since: None,
+            told_blocked: false,
+            keep_alive_period: period,
+            keep_alive_at: now() + period,
+            reading: Reading::Free,
+            routes: Routes::default(),
+            given: HashSet::new(),
+            skipped: 0,
+            registration,
+        }
+    }
+
+    async fn run(mut self, turn: Arc<Semaphore>) -> Ended {
+        let timer = tokio::time::sleep_until(self.keep_alive_at.into());
+        tokio::pin!(timer);
+        match self.take_early() {
+            Ok(()) => std::future::poll_fn(|cx| self.poll(cx, timer.as_mut(), &turn)).await,
+            Err(reason) => reason,
+        }
+    }
+
+    /// Does what came together with the login.
+    fn take_early(&mut self) -> Result<(), Ended> {
+        self.take_frames(now())?;
+        let rest = BytesMut::from(&self.core.read_buffer()[..]);
+        *self.core.read_buffer() = rest;
+        Ok(())
+    }
+
+    /// Runs once; ready when the connection is over.
+    fn poll(&mut self, cx: &mut Context<'_>, timer: Pin<&mut Timer>, turn: &Arc<Semaphore>) -> Poll<Ended> {
+        match self.step(cx, timer, turn) {
+            Ok(()) => Poll::Pending,
+            Err(ended) => Poll::Ready(ended),
+        }
+    }
+
+    fn step(&mut self, cx: &mut Context<'_>, timer: Pin<&mut Timer>, turn: &Arc<Semaphore>) -> Result<(), Ended> {
+        let at = now();
+        let wrote = self.write_unit(cx, at)?;
+        let read = self.read_unit(cx, at, turn)?;
+        self.keep_time(cx, at, timer)?;
+        match self.registration.outlet.sleep(cx.waker(), wrote == Written::All) {
+            Sleep::Closing => return Err(Ended::Dismissed),
+            Sleep::Not => cx.waker().wake_by_ref(),
+            Sleep::Until if read || wrote == Written::More => cx.waker().wake_by_ref(),
+            Sleep::Until => {}
+        }
+        Ok(())
+    }
+
+    /// Writes one unit of what waits.
+    fn write_unit(&mut self, cx: &mut Context<'_>, at: Instant) -> Result<Written, Ended> {
+        let mut full = false;
+        if self.out.is_empty() {
+            let Registration { server, outlet, .. } = &self.registration;
+            let mut unit = slab::take();
+            full = outlet.fill(at, &mut unit, &server.counters);
+            if unit.is_empty() {
+                slab::give_back(unit);
+            } else {
+                self.out = unit;
+            }
+        }
+        if self.push_out(cx)?.is_pending() {
+            self.blocked_since.get_or_insert(at);
+            return Ok(Written::Blocked);
+        }
+        self.unblock();
+        Ok(if full { Written::More } else { Written::All })
+    }
+
+    /// Hands the present unit to the socket.
+    fn push_out(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Ended> {
+        while !self.out.is_empty() {
+            match Pin::new(&mut self.stream).poll_write(cx, &self.out) {
+                Poll::Ready(Ok(0)) => return Err(Ended::Closed),
+                Poll::Ready(Ok(taken)) => {
+                    self.out.advance(taken);
+                    self.unflushed = true;
+                    self.unblock();
+                }
+                Poll::Ready(Err(error)) => return Err(error.into()),
+                Poll::Pending => return Ok(Poll::Pending),
+            }
+        }
+        if self.out.capacity() > 0 {
+            slab::give_back(std::mem::take(&mut self.out));
+        }
+        if self.unflushed {
+            match Pin::new(&mut self.stream).poll_flush(cx) {
+                Poll::Ready(flushed) => flushed?,
+                Poll::Pending => return Ok(Poll::Pending),
+            }
+            self.unflushed = false;
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    fn unblock(&mut self) {
+        self.blocked_since = None;
+        if std::mem::take(&mut self.told_blocked) {
+            self.registration.outlet.set_blocked(false);
+        }
+    }
+
+    /// Reads one unit of what the client has sent, if it may, and passes it on. Whether to do so again at once; otherwise
+    /// the task will be woken when it may.
+    fn read_unit(&mut self, cx: &mut Context<'_>, at: Instant, turn: &Arc<Semaphore>) -> Result<bool, Ended> {
+        if let Reading::Waiting(awaited) = &mut self.reading {
+            let Poll::Ready(permit) = awaited.as_mut().poll(cx) else { return Ok(false) };
+            self.reading = permit.map_or(Reading::Free, Reading::Turn);
+        }
+        loop {
+            let mut unit = slab::take();
+            unit.extend_from_slice(self.core.read_buffer());
+            let room = slab::UNIT.saturating_sub(unit.len()).max(slab::UNIT / 2);
+            unit.reserve(room);
+            let read = std::pin::pin!(self.stream.read_buf(&mut (&mut unit).limit(room))).poll(cx);
+            let Poll::Ready(read) = read else {
+                slab::give_back(unit);
+                self.reading = Reading::Free;
+                return Ok(false);
+            };
+            let read = read?;
+            if read == 0 {
+                return Err(Ended::Closed);
+            }
+            *self.core.read_buffer() = unit;
+            let taken = self.take_frames(at);
+            slab::keep_rest(self.core.read_buffer());
+            taken?;
+            // So little is nearly always all there is, and only asking again makes sure to be woken for more.
+            if read >= room / 2 || matches!(self.reading, Reading::Turn(_)) {
+                break;
+            }
+        }
+        // Asked for while the present turn lasts, so that whoever waits already comes first.
+        let mut awaited: AwaitedTurn = Box::pin(Arc::clone(turn).acquire_owned());
+        self.reading = match awaited.as_mut().poll(cx) {
+            Poll::Ready(Ok(permit)) => Reading::Turn(permit),
+            Poll::Ready(Err(_)) => Reading::Free,
+            Poll::Pending => Reading::Waiting(awaited),
+        };
+        Ok(!matches!(self.reading, Reading::Waiting(_)))
+    }
+
+    fn keep_time(&mut self, cx: &mut Context<'_>, at: Instant, mut timer: Pin<&mut Timer>) -> Result<(), Ended> {
+        let mut next = self.keep_alive_at;
+        if let Some(since) = self.blocked_since {
+            let stalled_at = since + self.registration.server.config.write_stall;
+            if at >= stalled_at {
+                return Err(Ended::Stalled);
+            }
+            if at >= since + BRIEF && !self.told_blocked {
+                self.told_blocked = true;
+                self.registration.outlet.set_blocked(true);
+            }
+            next = next.min(if self.told_blocked { stalled_at } else { since + BRIEF });
+        }
+        if at >= self.keep_alive_at {
+            self.keep_alive_at = at + self.keep_alive_period;
+            next = next.max(at).min(self.keep_alive_at);
+            self.registration.outlet.shrink();
+            self.registration.outlet.tell(Frame::KeepAlive);
+        }
+        // An alarm that comes too early is set again then.
+        if timer.is_elapsed() || timer.deadline() > next.into() {
+            timer.as_mut().reset(next.into());
+        }
+        if timer.poll(cx).is_ready() {
+            cx.waker().wake_by_ref();
+        }
+        Ok(())
+    }
+
+    /// Does what the frames say that have been read.
+    fn take_frames(&mut self, at: Instant) -> Result<(), Ended> {
+        self.routes.refresh(&self.registration.server, self.registration.id);
+        let mut run = Run::default();
+        let mut frames = 0;
+        let result = loop {
+            let input = match self.core.poll_input() {
+                Ok(Some(input)) => input,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error.into()),
+            };
+            frames += 1;
+            match input {
+                Input::Packet { destination, payload } => {
+                    if run.destination != Some(destination) {
+                        self.pass_on(at, &mut run);
+                        run.destination = Some(destination);
+                    }
+                    run.packets.push(payload);
+                }
+                Input::Ping(data) => {
+                    self.registration.server.counters.pings.add(1);
+                    self.registration.outlet.pong(data);
+                }
+                Input::Preferred(home) => {
+                    self.registration.outlet.set_home(home, &self.registration.server.counters);
+                }
+                Input::Regional(_) | Input::Login { .. } | Input::Nothing => {}
+            }
+        };
+        self.pass_on(at, &mut run);
+        let counters = &self.registration.server.counters;
+        counters.frames_in.add(frames);
+        counters.frames_unknown.add(self.core.skipped() - self.skipped);
+        self.skipped = self.core.skipped();
+        result
+    }
+
+    /// Puts a run of packets where they belong.
+    fn pass_on(&mut self, at: Instant, run: &mut Run) {
+        let Some(destination) = run.destination.take() else { return };
+        let server = &self.registration.server;
+        let counters = &server.counters;
+        counters.packets_in.add(run.packets.len() as u64);
+        counters.bytes_in.add(run.packets.iter().map(|packet| packet.len() as u64).sum());
+        if let Some(receiver) = self.routes.get(&destination) {
+            receiver.push(at, self.node, run.packets.drain(..), counters);
+            return;
+        }
+        let found = server.registry().route(&destination).map(|(id, outlet)| (id, Arc::clone(outlet)));
+        let Some((id, receiver)) = found else {
+            counters.dropped_unknown.add(run.packets.len() as u64);
+            for packet in run.packets.drain(..) {
+                if Lane::of(&packet) == Lane::Disco && self.core.may_report_missing(at) {
+                    counters.peer_gone.add(1);
+                    let frame = Frame::PeerGone { peer: destination, reason: GoneReason::NotHere };
+                    self.registration.outlet.tell(frame);
+                }
+            }
+            return;
+        };
+        if self.given.insert(id) {
+            // Identifiers are never used twice, so a long-lived sender's list would grow with every reconnect.
+            if self.given.len() > MAX_GIVEN {
+                self.given.clear();
+            }
+            server.registry_mut().note_heard(id, self.node);
+        }
+        receiver.push(at, self.node, run.packets.drain(..), counters);
+        self.routes.remember(destination, receiver);
+    }
+}
+
+/// Packets in a row for one destination.
+#[derive(Debug, Default)]
+struct Run {
+    destination: Option<NodePublic>,
+    packets: Vec<Bytes>,
 }

@@ -1,0 +1,129 @@
+//! The beginning of a relay connection: from the upgrade to the moment the client is let in.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use mesh_noise::key::NodePublic;
+use mesh_noise::random::SystemRng;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::session::{self, Running};
+use super::{Applicant, RelayServer};
+use crate::driver::stream::{Rewind, Transport};
+use crate::driver::{make_room, now};
+use crate::login::ClientInfo;
+use crate::server::{Connection, Input, LOGIN_TIMEOUT, ServerError};
+use crate::upgrade;
+
+/// How much is read at once: a login is short.
+const READ_CHUNK: usize = 4 * 1024;
+
+/// Why a relay connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Ended {
+    #[error("client closed the connection")]
+    Closed,
+    #[error("closed by the relay")]
+    Dismissed,
+    #[error("client not admitted")]
+    NotAdmitted,
+    #[error("client takes no data")]
+    Stalled,
+    #[error(transparent)]
+    Protocol(#[from] ServerError),
+    #[error("connection lost: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl RelayServer {
+    /// Logs a client in and starts its connection on a shard.
+    pub(super) async fn log_in(
+        self: &Arc<Self>,
+        stream: Rewind<Transport>,
+        fast_start: bool,
+        peer: SocketAddr,
+    ) -> Option<Running> {
+        self.counters.accepts.add(1);
+        match self.admit(stream, fast_start, peer).await {
+            Ok(running) => Some(running),
+            Err(reason) => {
+                self.note_end(peer, &reason);
+                None
+            }
+        }
+    }
+
+    pub(super) fn note_end(&self, peer: SocketAddr, reason: &Ended) {
+        match reason {
+            Ended::Closed | Ended::Dismissed | Ended::Io(_) => {}
+            Ended::NotAdmitted => self.counters.not_admitted.add(1),
+            Ended::Stalled => self.counters.stalled.add(1),
+            Ended::Protocol(error) => self.count_error(error),
+        }
+        tracing::debug!(%peer, %reason, "relay connection ended");
+    }
+
+    fn count_error(&self, error: &ServerError) {
+        let counter = match error {
+            ServerError::Login(_) => &self.counters.logins_refused,
+            ServerError::LoginTimeout => &self.counters.logins_late,
+            ServerError::Frame(_)
+            | ServerError::BeforeLogin(_)
+            | ServerError::SecondLogin
+            | ServerError::NotARelay(_)
+            | ServerError::WrongDirection(_) => &self.counters.protocol_errors,
+        };
+        counter.add(1);
+    }
+
+    async fn admit(
+        self: &Arc<Self>,
+        mut stream: Rewind<Transport>,
+        fast_start: bool,
+        peer: SocketAddr,
+    ) -> Result<Running, Ended> {
+        let mut core = Connection::new(now(), self.key.clone(), &mut SystemRng);
+        let mut greeting = BytesMut::new();
+        if !fast_start {
+            greeting.extend_from_slice(&upgrade::accepted(&self.public));
+        }
+        while let Some(bytes) = core.poll_transmit() {
+            greeting.extend_from_slice(&bytes);
+        }
+        let login = greet(&mut stream, &mut core, &greeting);
+        let login = tokio::time::timeout(LOGIN_TIMEOUT, login).await;
+        let (node, _info) = login.map_err(|_| ServerError::LoginTimeout)??;
+        if !self.config.admission.admit(Applicant { node, address: peer.ip() }).await {
+            return Err(Ended::NotAdmitted);
+        }
+        core.admit();
+        tracing::debug!(%peer, node = %node.short(), "relay connection open");
+        Ok(session::start(Arc::clone(self), stream, core, node, peer)?)
+    }
+}
+
+async fn greet(
+    stream: &mut Rewind<Transport>,
+    core: &mut Connection,
+    greeting: &[u8],
+) -> Result<(NodePublic, ClientInfo), Ended> {
+    stream.write_all(greeting).await?;
+    stream.flush().await?;
+    loop {
+        if let Some(input) = core.poll_input()? {
+            match input {
+                Input::Login { node, info } => return Ok((node, info)),
+                Input::Packet { .. } | Input::Ping(_) | Input::Preferred(_) | Input::Regional(_) | Input::Nothing => {
+                    continue;
+                }
+            }
+        }
+        let buffer = core.read_buffer();
+        make_room(buffer, READ_CHUNK);
+        if stream.read_buf(buffer).await? == 0 {
+            return Err(Ended::Closed);
+        }
+    }
+}
