@@ -22,6 +22,7 @@
 //! nothing to the official server. A `meshKey` that is no key is refused, even an empty one.
 
 use std::fmt;
+use std::str::FromStr;
 
 use bytes::Bytes;
 use mesh_noise::key::{KEY_LEN, NodePublic, SharedBox};
@@ -54,6 +55,19 @@ impl MeshKey {
         Self(bytes)
     }
 
+    /// Draws a new key.
+    pub fn generate(rng: &mut (impl CryptoRng + ?Sized)) -> Self {
+        let mut bytes = [0; KEY_LEN];
+        rng.fill_bytes(&mut bytes);
+        Self(bytes)
+    }
+
+    /// The secret as 64 digits, for a key file.
+    #[must_use]
+    pub fn to_secret_text(&self) -> String {
+        hex::encode(self.0)
+    }
+
     /// Whether two keys are the same, in a time that does not depend on where they differ.
     #[must_use]
     pub fn matches(&self, other: &Self) -> bool {
@@ -64,6 +78,21 @@ impl MeshKey {
 impl fmt::Debug for MeshKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("MeshKey(…)")
+    }
+}
+
+/// A text that is no mesh key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expected 64 hexadecimal digits, not all of them 0, as mesh key")]
+pub struct BadMeshKey;
+
+impl FromStr for MeshKey {
+    type Err = BadMeshKey;
+
+    fn from_str(text: &str) -> Result<Self, BadMeshKey> {
+        let mut key = [0; KEY_LEN];
+        hex::decode_to_slice(text, &mut key).map_err(|_| BadMeshKey)?;
+        if key == [0; KEY_LEN] { Err(BadMeshKey) } else { Ok(Self(key)) }
     }
 }
 

@@ -22,6 +22,7 @@
 //! dies, B's link breaks; A's nodes are in doubt for [`DOUBT`], in which they find their way to B or another relay, and
 //! only then count as gone.
 
+mod backlog;
 mod connection;
 mod forwarders;
 mod pressure;
@@ -29,6 +30,7 @@ mod rate;
 mod registry;
 mod watch;
 
+pub use backlog::Backlog;
 pub use connection::{Connection, Input, LOGIN_TIMEOUT, Regional, ServerError};
 pub use forwarders::{DOUBT, LinkId};
 pub use pressure::Pressure;

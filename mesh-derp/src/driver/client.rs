@@ -28,8 +28,11 @@ use crate::tls::ClientTls;
 
 mod dial;
 
-use dial::Link;
+#[cfg(not(feature = "server"))]
+use dial::Link as Dialled;
 pub use dial::{DialError, latency_check};
+#[cfg(feature = "server")]
+pub(crate) use dial::{Link as Dialled, dial};
 
 /// What a client needs to know.
 #[derive(Debug, Clone)]
@@ -164,7 +167,7 @@ impl Outbox {
     }
 }
 
-type Dialling = Pin<Box<dyn Future<Output = Result<Link, DialError>> + Send>>;
+type Dialling = Pin<Box<dyn Future<Output = Result<Dialled, DialError>> + Send>>;
 
 enum State {
     Waiting(Pin<Box<tokio::time::Sleep>>),
@@ -320,7 +323,7 @@ impl RelayClient {
         State::Dialling(Box::pin(dial::dial(self.options.region.clone(), self.options.tls.clone())))
     }
 
-    fn open(&mut self, link: Link) {
+    fn open(&mut self, link: Dialled) {
         let Options { key, home, timing, .. } = &self.options;
         let core = Connection::new(now(), key.clone(), link.relay, *home, &mut SystemRng).with_timing(*timing);
         let (reader, writer) = tokio::io::split(link.stream);
@@ -402,7 +405,7 @@ impl Open {
 }
 
 /// Writes some of `out`, or flushes if there is none; says whether a flush is still due. Safe to cancel.
-async fn write_some(writer: &mut WriteHalf<Rewind<Transport>>, out: &mut BytesMut) -> std::io::Result<bool> {
+pub(crate) async fn write_some(writer: &mut WriteHalf<Rewind<Transport>>, out: &mut BytesMut) -> std::io::Result<bool> {
     if out.is_empty() {
         return writer.flush().await.map(|()| false);
     }
@@ -412,7 +415,7 @@ async fn write_some(writer: &mut WriteHalf<Rewind<Transport>>, out: &mut BytesMu
     }
 }
 
-async fn sleep_until(deadline: Option<tokio::time::Instant>) {
+pub(crate) async fn sleep_until(deadline: Option<tokio::time::Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,

@@ -1,14 +1,16 @@
 //! The relay: what answers the requests that a [`listener`](super::listener) has read.
 //!
 //! `http` answers what a listener has read, `login` lets a client in, `session` runs its connection on one of the `shards`,
-//! `outlet` is what waits for it, and the [`Registry`] between them says who is where.
+//! `outlet` is what waits for it, and the [`Registry`] between them says who is where; `region` is this relay among others.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use mesh_noise::key::{NodePublic, RelayPrivate, RelayPublic};
+use tokio::sync::Notify;
 
+use crate::login::MeshKey;
 use crate::queue::Depth;
 use crate::server::Registry;
 use crate::upgrade::RequestHead;
@@ -19,6 +21,7 @@ mod http;
 mod key;
 mod login;
 mod outlet;
+mod region;
 mod routes;
 mod session;
 mod shards;
@@ -27,8 +30,10 @@ mod slab;
 pub use admission::{Admission, AllowAll, AllowList, Applicant};
 use counters::Atomics;
 pub use counters::Counters;
-pub use key::load_or_generate_key;
+pub use key::{load_or_generate_key, load_or_generate_mesh_key};
 use outlet::Outlet;
+use region::link::Link;
+pub use region::{BadSibling, RegionStatus, Sibling};
 use shards::Shards;
 
 /// A relay's settings. The defaults suit a public relay.
@@ -36,6 +41,10 @@ use shards::Shards;
 pub struct Config {
     /// Who may use it. Everybody, by default.
     pub admission: Arc<dyn Admission>,
+    /// The secret that the relays of the region share. Who shows it is another of them: it is let in whatever
+    /// [`Config::admission`] says, learns who is connected, and may forward packets and end connections. None by default,
+    /// and then nobody may.
+    pub mesh_key: Option<MeshKey>,
     /// How much waits for each receiver.
     pub queue: Depth,
     /// How often something is sent, so that clients know the connection is alive; up to 5 s are added at random, once a
@@ -54,6 +63,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             admission: Arc::new(AllowAll),
+            mesh_key: None,
             queue: Depth::default(),
             keep_alive: Duration::from_secs(60),
             write_stall: Duration::from_secs(10),
@@ -63,15 +73,20 @@ impl Default for Config {
     }
 }
 
+/// Who is where: connections by what waits for them, other relays by what waits for the link.
+type Everybody = Registry<Arc<Outlet>, Arc<Link>>;
+
 /// A relay. See the [module doc](self).
 #[derive(Debug)]
 pub struct RelayServer {
     key: RelayPrivate,
     public: RelayPublic,
     config: Config,
-    registry: RwLock<Registry<Arc<Outlet>>>,
+    registry: RwLock<Everybody>,
     /// How often somebody has come, gone, or become another connection: what was read before may be out of date.
     generation: AtomicU64,
+    /// When departures from the region are due may have changed.
+    region_changed: Notify,
     counters: Atomics,
     shards: OnceLock<Shards>,
 }
@@ -81,8 +96,16 @@ impl RelayServer {
     #[must_use]
     pub fn new(key: RelayPrivate, config: Config) -> Arc<Self> {
         let public = key.public();
-        let (registry, counters, shards) = (RwLock::new(Registry::new()), Atomics::default(), OnceLock::new());
-        Arc::new(Self { key, public, config, registry, generation: AtomicU64::new(0), counters, shards })
+        Arc::new(Self {
+            key,
+            public,
+            config,
+            registry: RwLock::default(),
+            generation: AtomicU64::new(0),
+            region_changed: Notify::new(),
+            counters: Atomics::default(),
+            shards: OnceLock::new(),
+        })
     }
 
     /// Its public key.
@@ -120,13 +143,13 @@ impl RelayServer {
     /// Ends the connections of a node that may no longer use the relay.
     pub fn disconnect(&self, node: &NodePublic) {
         for outlet in self.registry().handles() {
-            if outlet.node() == node {
+            if outlet.guest().node == *node {
                 outlet.close();
             }
         }
     }
 
-    fn registry(&self) -> RwLockReadGuard<'_, Registry<Arc<Outlet>>> {
+    fn registry(&self) -> RwLockReadGuard<'_, Everybody> {
         self.registry.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -136,14 +159,14 @@ impl RelayServer {
     }
 
     /// Changes who is where, and lets all connections forget what they remember of it.
-    fn change_registry<R>(&self, change: impl FnOnce(&mut Registry<Arc<Outlet>>) -> R) -> R {
+    fn change_registry<R>(&self, change: impl FnOnce(&mut Everybody) -> R) -> R {
         let mut registry = self.registry_mut();
         let result = change(&mut registry);
         self.generation.fetch_add(1, Ordering::Release);
         result
     }
 
-    fn registry_mut(&self) -> RwLockWriteGuard<'_, Registry<Arc<Outlet>>> {
+    fn registry_mut(&self) -> RwLockWriteGuard<'_, Everybody> {
         self.registry.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

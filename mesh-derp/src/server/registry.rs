@@ -57,13 +57,21 @@ pub struct Registry<H, F = ()> {
     /// Source of packets → connections that were given some.
     listeners: BTreeMap<NodePublic, BTreeSet<ConnectionId>>,
     doubled: usize,
+    watchers: BTreeSet<ConnectionId>,
     elsewhere: Forwarders<F>,
 }
 
 impl<H, F> Default for Registry<H, F> {
     fn default() -> Self {
-        let (clients, connections, listeners) = (HashMap::new(), HashMap::new(), BTreeMap::new());
-        Self { next: 0, clients, connections, listeners, doubled: 0, elsewhere: Forwarders::default() }
+        Self {
+            next: 0,
+            clients: HashMap::new(),
+            connections: HashMap::new(),
+            listeners: BTreeMap::new(),
+            doubled: 0,
+            watchers: BTreeSet::new(),
+            elsewhere: Forwarders::default(),
+        }
     }
 }
 
@@ -96,6 +104,7 @@ impl<H: Clone, F> Registry<H, F> {
     /// Removes a connection. If it was its node's last, says who is to be told.
     pub fn unregister(&mut self, id: ConnectionId) -> Option<Departure<H>> {
         let Entry { node, heard, .. } = self.connections.remove(&id)?;
+        self.watchers.remove(&id);
         for source in heard {
             if let Some(listeners) = self.listeners.get_mut(&source) {
                 listeners.remove(&id);
@@ -127,6 +136,12 @@ impl<H: Clone, F> Registry<H, F> {
             }
         }
         handles
+    }
+
+    /// Whose connection that is.
+    #[must_use]
+    pub fn node(&self, id: ConnectionId) -> Option<NodePublic> {
+        self.connections.get(&id).map(|entry| entry.node)
     }
 
     /// The connection that gets a packet for `destination`.
@@ -180,6 +195,18 @@ impl<H: Clone, F> Registry<H, F> {
             self.clients.iter().filter_map(|(node, set)| handle(set).map(|handle| (*node, handle))).collect();
         present.sort_unstable_by_key(|(node, _)| *node);
         present
+    }
+
+    /// This connection is another relay's, and wants to be told who comes and goes.
+    pub fn watch(&mut self, id: ConnectionId) {
+        if self.connections.contains_key(&id) {
+            self.watchers.insert(id);
+        }
+    }
+
+    /// The connections that want to be told who comes and goes, in the order in which they were made.
+    pub fn watchers(&self) -> impl Iterator<Item = &H> {
+        self.watchers.iter().filter_map(|id| self.connections.get(id)).map(|entry| &entry.handle)
     }
 
     /// Adds a link to another relay of the region. It brings no nodes until they are named.

@@ -74,17 +74,27 @@ impl TestRelay {
     }
 
     pub(crate) async fn start_showing(tls: &ServerTls, config: Config, address: SocketAddr) -> Self {
-        Self::start_listening(tls, config, Timing::default(), address).await
+        Self::start_as(relay_key(), tls, config, address).await
+    }
+
+    pub(crate) async fn start_as(key: RelayPrivate, tls: &ServerTls, config: Config, address: SocketAddr) -> Self {
+        Self::start_listening(key, tls, config, Timing::default(), address).await
     }
 
     /// One with other limits on what comes before a relay connection.
     pub(crate) async fn start_timed(timing: Timing) -> Self {
         let tls = ServerTls::generate(&["localhost".to_owned()]).unwrap();
-        Self::start_listening(&tls, Config::default(), timing, "127.0.0.1:0".parse().unwrap()).await
+        Self::start_listening(relay_key(), &tls, Config::default(), timing, "127.0.0.1:0".parse().unwrap()).await
     }
 
-    async fn start_listening(tls: &ServerTls, config: Config, timing: Timing, address: SocketAddr) -> Self {
-        let server = RelayServer::new(relay_key(), config);
+    async fn start_listening(
+        key: RelayPrivate,
+        tls: &ServerTls,
+        config: Config,
+        timing: Timing,
+        address: SocketAddr,
+    ) -> Self {
+        let server = RelayServer::new(key, config);
         let tls_config = tls.config(Some(server.public())).unwrap();
         let mut acceptor = Acceptor::bind(&[address], Some(tls_config)).await.unwrap().with_timing(timing);
         let address = acceptor.local_addrs().unwrap()[0];
@@ -119,12 +129,18 @@ impl TestRelay {
 
     /// A raw connection over plain HTTP, logged in as `key`.
     pub(crate) async fn raw(&self, key: &NodePrivate) -> Raw<TcpStream> {
+        let mut raw = self.upgraded().await;
+        raw.log_in(key).await;
+        raw
+    }
+
+    /// A raw connection over plain HTTP, not logged in.
+    pub(crate) async fn upgraded(&self) -> Raw<TcpStream> {
         let stream = TcpStream::connect(self.address).await.unwrap();
         let mut raw = Raw::new(stream);
         raw.write(b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n").await;
         let head = raw.read_head().await;
         assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
-        raw.log_in(key).await;
         raw
     }
 }
@@ -173,11 +189,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
     }
 
     pub(crate) async fn log_in(&mut self, key: &NodePrivate) {
+        self.log_in_with(key, &ClientInfo::default()).await;
+        assert!(matches!(self.frame().await, Some(Frame::ServerInfo { .. })));
+    }
+
+    /// Sends a login and leaves the answer to be read.
+    pub(crate) async fn log_in_with(&mut self, key: &NodePrivate, info: &ClientInfo) {
         let Some(Frame::ServerKey(relay)) = self.frame().await else { panic!("no ServerKey") };
         let shared = key.box_with_relay(&relay);
-        let login = ClientInfo::default().seal(key.public(), &shared, &mut StdRng::seed_from_u64(7));
+        let login = info.seal(key.public(), &shared, &mut StdRng::seed_from_u64(7));
         self.send(login).await;
-        assert!(matches!(self.frame().await, Some(Frame::ServerInfo { .. })));
     }
 }
 

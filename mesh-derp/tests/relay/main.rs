@@ -8,4 +8,5 @@ mod faults;
 mod harness;
 mod http;
 mod overload;
+mod region;
 mod websocket;

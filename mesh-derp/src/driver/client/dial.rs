@@ -92,17 +92,17 @@ pub enum DialError {
 }
 
 /// A stream on which frames begin.
-pub(super) struct Link {
-    pub(super) node: String,
-    pub(super) stream: Rewind<Transport>,
+pub(crate) struct Link {
+    pub(crate) node: String,
+    pub(crate) stream: Rewind<Transport>,
     /// The relay's key, where TLS has told it.
-    pub(super) relay: Option<RelayPublic>,
+    pub(crate) relay: Option<RelayPublic>,
     /// What has to be sent before the first frame.
-    pub(super) first: Vec<u8>,
+    pub(crate) first: Vec<u8>,
 }
 
 /// Connects to the first relay of the region that works, in the map's order.
-pub(super) async fn dial(region: DerpRegion, tls: ClientTls) -> Result<Link, DialError> {
+pub(crate) async fn dial(region: DerpRegion, tls: ClientTls) -> Result<Link, DialError> {
     let preferred = region.nodes.first().map(|node| node.name.clone());
     let mut last = DialError::NoRelay;
     for node in region.relays() {

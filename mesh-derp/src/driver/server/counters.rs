@@ -69,6 +69,16 @@ counters! {
     bytes_out,
     /// Packets dropped because nobody of that key is connected.
     dropped_unknown,
+    /// Packets sent on to another relay of the region.
+    forwarded_out,
+    /// Packets that another relay of the region sent on to this one.
+    forwarded_in,
+    /// Packets dropped because the link to the other relay is slow and newer ones came, or it broke.
+    dropped_link,
+    /// Packets dropped that another relay sent on although their receiver is not connected here.
+    dropped_forwarded,
+    /// Packets dropped because their receiver was at another relay a moment ago and is at none now.
+    dropped_in_doubt,
     /// Data packets dropped because their receiver is slow and newer ones came.
     dropped_queue_data,
     /// Disco packets dropped for that reason.

@@ -47,11 +47,12 @@ impl RelayServer {
     ) -> Option<Running> {
         loop {
             if head.path() == "/derp" {
-                match upgrade::asked(&head) {
-                    Asked::Relay { fast_start, .. } => return self.log_in(stream, fast_start, peer_addr).await,
+                let asked = upgrade::asked(&head);
+                match asked {
+                    Asked::Relay { .. } => return self.log_in(stream, asked, peer_addr).await,
                     Asked::WebSocket => {
                         let stream = self.carry_in_messages(stream, &head).await?;
-                        return self.log_in(stream, true, peer_addr).await;
+                        return self.log_in(stream, asked, peer_addr).await;
                     }
                     Asked::NoUpgrade => {}
                 }

@@ -15,7 +15,7 @@ use crate::driver::stream::{Rewind, Transport};
 use crate::driver::{make_room, now};
 use crate::login::ClientInfo;
 use crate::server::{Connection, Input, LOGIN_TIMEOUT, ServerError};
-use crate::upgrade;
+use crate::upgrade::{self, Asked};
 
 /// How much is read at once: a login is short.
 const READ_CHUNK: usize = 4 * 1024;
@@ -42,11 +42,11 @@ impl RelayServer {
     pub(super) async fn log_in(
         self: &Arc<Self>,
         stream: Rewind<Transport>,
-        fast_start: bool,
+        asked: Asked,
         peer: SocketAddr,
     ) -> Option<Running> {
         self.counters.accepts.add(1);
-        match self.admit(stream, fast_start, peer).await {
+        match self.admit(stream, asked, peer).await {
             Ok(running) => Some(running),
             Err(reason) => {
                 self.note_end(peer, &reason);
@@ -81,12 +81,12 @@ impl RelayServer {
     async fn admit(
         self: &Arc<Self>,
         mut stream: Rewind<Transport>,
-        fast_start: bool,
+        asked: Asked,
         peer: SocketAddr,
     ) -> Result<Running, Ended> {
         let mut core = Connection::new(now(), self.key.clone(), &mut SystemRng);
         let mut greeting = BytesMut::new();
-        if !fast_start {
+        if let Asked::Relay { fast_start: false, .. } = asked {
             greeting.extend_from_slice(&upgrade::accepted(&self.public));
         }
         while let Some(bytes) = core.poll_transmit() {
@@ -94,13 +94,17 @@ impl RelayServer {
         }
         let login = greet(&mut stream, &mut core, &greeting);
         let login = tokio::time::timeout(LOGIN_TIMEOUT, login).await;
-        let (node, _info) = login.map_err(|_| ServerError::LoginTimeout)??;
-        if !self.config.admission.admit(Applicant { node, address: peer.ip() }).await {
+        let (node, info) = login.map_err(|_| ServerError::LoginTimeout)??;
+        let guest = self.guest(node, peer, &info, asked);
+        if guest.is_relay() {
+            core.admit_relay();
+        } else if self.config.admission.admit(Applicant { node, address: peer.ip() }).await {
+            core.admit();
+        } else {
             return Err(Ended::NotAdmitted);
         }
-        core.admit();
         tracing::debug!(%peer, node = %node.short(), "relay connection open");
-        Ok(session::start(Arc::clone(self), stream, core, node, peer)?)
+        Ok(session::start(Arc::clone(self), stream, core, guest)?)
     }
 }
 

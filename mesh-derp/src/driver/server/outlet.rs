@@ -9,9 +9,11 @@ use bytes::{Bytes, BytesMut};
 use mesh_noise::key::NodePublic;
 
 use super::counters::Atomics;
+use super::region::Guest;
 use super::slab::UNIT;
 use crate::frame::Frame;
 use crate::queue::{Depth, Lane, PacketQueue};
+use crate::server::Watch;
 
 /// Frames about other nodes that may wait; beyond that the oldest goes. A client does not rely on hearing of every
 /// departure.
@@ -25,6 +27,10 @@ struct Waiting {
     /// Only one ping is answered at a time.
     pong: Option<[u8; 8]>,
     news: VecDeque<Frame>,
+    /// What another relay of the region is told, if this client is one and asked for it.
+    watch: Option<Box<Watch>>,
+    /// Whether the client was told that something is wrong.
+    noticed: bool,
     home: bool,
     abandoned: bool,
     closing: bool,
@@ -39,32 +45,40 @@ impl Waiting {
     fn rouse(&mut self) -> Option<Waker> {
         if std::mem::take(&mut self.asleep) { self.task.clone() } else { None }
     }
+
+    /// Whether there is nothing to write.
+    fn is_empty(&self) -> bool {
+        let nothing_to_tell = self.news.is_empty() && self.watch.as_ref().is_none_or(|watch| watch.is_empty());
+        self.pong.is_none() && nothing_to_tell && self.queue.is_empty()
+    }
 }
 
 /// Everything that waits to be written to one client, filled by other clients' connections and emptied by its own.
 #[derive(Debug)]
 pub(super) struct Outlet {
-    node: NodePublic,
+    guest: Guest,
     waiting: Mutex<Waiting>,
 }
 
 impl Outlet {
-    pub(super) fn new(node: NodePublic, depth: Depth) -> Self {
+    pub(super) fn new(guest: Guest, depth: Depth) -> Self {
         let waiting = Waiting {
             queue: PacketQueue::new(depth),
             pong: None,
             news: VecDeque::new(),
+            watch: None,
+            noticed: false,
             home: false,
             abandoned: false,
             closing: false,
             task: None,
             asleep: false,
         };
-        Self { node, waiting: Mutex::new(waiting) }
+        Self { guest, waiting: Mutex::new(waiting) }
     }
 
-    pub(super) const fn node(&self) -> &NodePublic {
-        &self.node
+    pub(super) const fn guest(&self) -> &Guest {
+        &self.guest
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -125,6 +139,24 @@ impl Outlet {
         });
     }
 
+    /// Tells the client what is wrong, or with an empty text that nothing is any more. Only if it understands that.
+    pub(super) fn notice(&self, text: &str) {
+        let wrong = !text.is_empty();
+        if self.guest.takes_notices && std::mem::replace(&mut self.waiting().noticed, wrong) != wrong {
+            self.tell(Frame::Health(text.to_owned()));
+        }
+    }
+
+    /// The client is another relay and wants to be told who comes and goes.
+    pub(super) fn watch(&self, watch: Watch) {
+        self.put(|waiting| waiting.watch = Some(Box::new(watch)));
+    }
+
+    /// Tells a watcher of a change.
+    pub(super) fn tell_watcher(&self, change: impl FnOnce(&mut Watch)) {
+        self.put(|waiting| waiting.watch.as_deref_mut().map_or((), change));
+    }
+
     pub(super) fn set_home(&self, home: bool, counters: &Atomics) {
         let before = std::mem::replace(&mut self.waiting().home, home);
         match (before, home) {
@@ -145,6 +177,13 @@ impl Outlet {
         }
         while out.len() < FILL
             && let Some(news) = waiting.news.pop_front()
+        {
+            news.encode(out);
+            frames += 1;
+        }
+        // After the news: an answer that a node is not here is older than what is known now.
+        while out.len() < FILL
+            && let Some(news) = waiting.watch.as_mut().and_then(|watch| watch.poll())
         {
             news.encode(out);
             frames += 1;
@@ -172,7 +211,7 @@ impl Outlet {
         if waiting.closing {
             return Sleep::Closing;
         }
-        if until_filled && (waiting.pong.is_some() || !waiting.news.is_empty() || !waiting.queue.is_empty()) {
+        if until_filled && !waiting.is_empty() {
             return Sleep::Not;
         }
         waiting.asleep = until_filled;

@@ -26,7 +26,7 @@ pub(super) struct Routes {
 impl Routes {
     /// Forgets everything if somebody has come or gone since it was learnt. A frame has come on `own`, which makes that
     /// its node's active connection.
-    pub(super) fn refresh(&mut self, server: &RelayServer, own: ConnectionId) {
+    pub(super) fn refresh(&mut self, server: &RelayServer, own: ConnectionId, outlet: &Outlet) {
         let generation = server.generation.load(Ordering::Acquire);
         if generation != self.generation {
             self.known.clear();
@@ -35,6 +35,7 @@ impl Routes {
         }
         if self.shadowed {
             server.change_registry(|registry| registry.touch(own));
+            outlet.notice("");
             self.shadowed = false;
         }
     }

@@ -6,7 +6,6 @@
 use std::collections::HashSet;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -21,6 +20,7 @@ use tokio::time::Sleep as Timer;
 use super::RelayServer;
 use super::login::Ended;
 use super::outlet::{Outlet, Sleep};
+use super::region::Guest;
 use super::routes::Routes;
 use super::slab;
 use crate::driver::stream::{Rewind, Transport};
@@ -33,6 +33,8 @@ use crate::server::{Connection, ConnectionId, Input};
 const KEEP_ALIVE_SPREAD: Duration = Duration::from_secs(5);
 /// How long a client may take nothing before its queue stops holding on to the buffers that others' packets came in.
 const BRIEF: Duration = Duration::from_millis(20);
+/// How long another relay of the region may take no byte, at least: a pause of its is no reason to part.
+const RELAY_STALL: Duration = Duration::from_secs(30);
 /// Receivers that a connection remembers having given a packet to.
 const MAX_GIVEN: usize = 16 * 1024;
 
@@ -66,15 +68,9 @@ struct Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let departure = self.server.change_registry(|registry| registry.unregister(self.id));
+        self.server.leave(self.id);
         let counters = &self.server.counters;
         counters.dropped_gone.add(self.outlet.abandon(counters));
-        if let Some(departure) = departure {
-            for listener in departure.heard_by {
-                counters.peer_gone.add(1);
-                listener.tell(Frame::PeerGone { peer: departure.node, reason: GoneReason::Disconnected });
-            }
-        }
     }
 }
 
@@ -131,12 +127,11 @@ pub(super) fn start(
     server: Arc<RelayServer>,
     stream: Rewind<Transport>,
     core: Connection,
-    node: NodePublic,
-    peer: SocketAddr,
+    guest: Guest,
 ) -> io::Result<Running> {
     let stream = stream.detach()?;
-    let outlet = Arc::new(Outlet::new(node, server.config.queue));
-    let id = server.change_registry(|registry| registry.register(node, Arc::clone(&outlet)));
+    let outlet = Arc::new(Outlet::new(guest, server.config.queue));
+    let id = server.enter(&outlet);
     let registration = Registration { server: Arc::clone(&server), id, outlet: Arc::clone(&outlet) };
     let shard = server.shards().pick();
     let turn = Arc::clone(shard.turn());
@@ -144,10 +139,10 @@ pub(super) fn start(
     let runtime = shard.runtime().clone();
     runtime.spawn(async move {
         let reason = match stream.attach() {
-            Ok(stream) => Session::new(registration, stream, core, node).run(turn).await,
+            Ok(stream) => Session::new(registration, stream, core, guest.node).run(turn).await,
             Err(error) => error.into(),
         };
-        server.note_end(peer, &reason);
+        server.note_end(guest.presence.address, &reason);
         let _ = on_end.send(());
     });
     Ok(Running { outlet, ended })
@@ -316,7 +311,9 @@ impl Session {
     fn keep_time(&mut self, cx: &mut Context<'_>, at: Instant, mut timer: Pin<&mut Timer>) -> Result<(), Ended> {
         let mut next = self.keep_alive_at;
         if let Some(since) = self.blocked_since {
-            let stalled_at = since + self.registration.server.config.write_stall;
+            let Registration { server, outlet, .. } = &self.registration;
+            let stall = server.config.write_stall;
+            let stalled_at = since + if outlet.guest().is_relay() { stall.max(RELAY_STALL) } else { stall };
             if at >= stalled_at {
                 return Err(Ended::Stalled);
             }
@@ -344,7 +341,8 @@ impl Session {
 
     /// Does what the frames say that have been read.
     fn take_frames(&mut self, at: Instant) -> Result<(), Ended> {
-        self.routes.refresh(&self.registration.server, self.registration.id);
+        let Registration { server, id, outlet } = &self.registration;
+        self.routes.refresh(server, *id, outlet);
         let mut run = Run::default();
         let mut frames = 0;
         let result = loop {
@@ -369,7 +367,11 @@ impl Session {
                 Input::Preferred(home) => {
                     self.registration.outlet.set_home(home, &self.registration.server.counters);
                 }
-                Input::Regional(_) | Input::Login { .. } | Input::Nothing => {}
+                Input::Regional(asked) => {
+                    let Registration { server, id, outlet } = &self.registration;
+                    server.regional(at, asked, &mut self.core, *id, outlet);
+                }
+                Input::Login { .. } | Input::Nothing => {}
             }
         };
         self.pass_on(at, &mut run);
@@ -393,6 +395,9 @@ impl Session {
         }
         let found = server.registry().route(&destination).map(|(id, outlet)| (id, Arc::clone(outlet)));
         let Some((id, receiver)) = found else {
+            if server.forward(self.node, destination, &mut run.packets) {
+                return;
+            }
             counters.dropped_unknown.add(run.packets.len() as u64);
             for packet in run.packets.drain(..) {
                 if Lane::of(&packet) == Lane::Disco && self.core.may_report_missing(at) {
