@@ -5,6 +5,7 @@
 //! fixed, and its input joins `corpus/`.
 
 mod gateway;
+mod relay;
 mod rewrite;
 mod session;
 mod tunnel;
@@ -127,12 +128,22 @@ pub fn channel(bytes: &[u8]) {
     session::channel(bytes);
 }
 
-/// Relay frames that arrive at a node after the login.
+/// Relay frames that arrive at a node, or at a relay, after the login; and what becomes of packets in a relay's queue.
 ///
 /// # Panics
 /// When it has found a failure.
 pub fn derp_session(bytes: &[u8]) {
     session::derp_session(epoch(), bytes);
+    relay::session(epoch(), bytes);
+    relay::queue(epoch(), bytes);
+}
+
+/// What comes before a relay's frames: the heads of HTTP requests and responses, and WebSocket messages.
+///
+/// # Panics
+/// When it has found a failure.
+pub fn derp_http(bytes: &[u8]) {
+    relay::http(bytes);
 }
 
 /// Relay frames in one piece and in two, and the boxes of the login.
@@ -143,8 +154,6 @@ pub fn derp_frame(bytes: &[u8]) {
     let whole = frames(&[bytes]);
     let (front, back) = bytes.split_at(bytes.len() / 2);
     assert_eq!(frames(&[front, back]), whole, "pieces decode differently");
-    let _ = mesh_derp::upgrade::parse_request(bytes);
-    let _ = mesh_derp::upgrade::parse_response(bytes);
     let relay = RelayPrivate::from_bytes([1; 32]);
     let shared = relay.box_with_node(&NodePrivate::from_bytes([2; 32]).public());
     let _ = mesh_derp::login::ClientInfo::open(&shared, bytes);
@@ -315,6 +324,7 @@ mod tests {
         mutate("relay_server", super::relay_server, 300);
         mutate("channel", super::channel, 300);
         mutate("derp_session", super::derp_session, 1000);
+        mutate("derp_http", super::derp_http, 3000);
         mutate("masquerade", super::masquerade, 3000);
         mutate("mtu", super::mtu, 3000);
         mutate("portmap", super::portmap, 3000);
@@ -329,6 +339,7 @@ mod tests {
         replay("agent", super::agent);
         replay("channel", super::channel);
         replay("derp_session", super::derp_session);
+        replay("derp_http", super::derp_http);
         replay("stun", super::stun);
         replay("portmap", super::portmap);
         replay("upnp", super::upnp);
