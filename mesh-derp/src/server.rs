@@ -33,7 +33,7 @@ mod watch;
 pub use backlog::Backlog;
 pub use connection::{Connection, Input, LOGIN_TIMEOUT, Regional, ServerError};
 pub use forwarders::{DOUBT, LinkId};
-pub use pressure::Pressure;
+pub use pressure::{Outcome, Pressure};
 pub use rate::{AcceptLimit, AcceptLimiter, MIN_BURST, RateLimit, RateLimiter};
 pub use registry::{ConnectionId, Departure, Registry};
 pub use watch::{Presence, Watch};
