@@ -4,7 +4,7 @@
 //! `outlet` is what waits for it, and the [`Registry`] between them says who is where; `region` is this relay among others.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use mesh_noise::key::{NodePublic, RelayPrivate, RelayPublic};
@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use crate::login::MeshKey;
 use crate::queue::Depth;
-use crate::server::Registry;
+use crate::server::{RateLimit, Registry};
 use crate::upgrade::RequestHead;
 
 mod admission;
@@ -57,6 +57,8 @@ pub struct Config {
     /// Threads that pass packets on. Half as many as there are cores, and at least one: TLS handshakes, and the system's
     /// share of every packet, need the others.
     pub threads: usize,
+    /// How much each client may send. No limit.
+    pub rate: RateLimit,
 }
 
 impl Default for Config {
@@ -69,6 +71,7 @@ impl Default for Config {
             write_stall: Duration::from_secs(10),
             idle_http: Duration::from_secs(30),
             threads: std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2).max(1),
+            rate: RateLimit::default(),
         }
     }
 }
@@ -89,6 +92,9 @@ pub struct RelayServer {
     region_changed: Notify,
     counters: Atomics,
     shards: OnceLock<Shards>,
+    rate: Mutex<RateLimit>,
+    /// How often that has changed.
+    rate_version: AtomicU64,
 }
 
 impl RelayServer {
@@ -99,13 +105,26 @@ impl RelayServer {
         Arc::new(Self {
             key,
             public,
-            config,
             registry: RwLock::default(),
             generation: AtomicU64::new(0),
             region_changed: Notify::new(),
             counters: Atomics::default(),
             shards: OnceLock::new(),
+            rate: Mutex::new(config.rate),
+            rate_version: AtomicU64::new(0),
+            config,
         })
+    }
+
+    /// Limits what each client may send from now on, those that are connected as well.
+    pub fn set_rate_limit(&self, rate: RateLimit) {
+        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = rate;
+        self.rate_version.fetch_add(1, Ordering::Release);
+    }
+
+    fn rate(&self) -> (u64, RateLimit) {
+        let version = self.rate_version.load(Ordering::Acquire);
+        (version, *self.rate.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Its public key.

@@ -85,6 +85,8 @@ counters! {
     dropped_queue_disco,
     /// Packets dropped because their receiver left before taking them.
     dropped_gone,
+    /// Times a client was left unread for a moment, because of its rate limit or because its packets were in vain.
+    pauses,
     /// Pings read.
     pings,
     /// PeerGone frames sent.

@@ -13,7 +13,7 @@ use super::region::Guest;
 use super::slab::UNIT;
 use crate::frame::Frame;
 use crate::queue::{Depth, Lane, PacketQueue};
-use crate::server::Watch;
+use crate::server::{Outcome, Watch};
 
 /// Frames about other nodes that may wait; beyond that the oldest goes. A client does not rely on hearing of every
 /// departure.
@@ -96,34 +96,35 @@ impl Outlet {
         result
     }
 
-    /// Queues packets, counts those that they displace, and says how many of `source`'s have been dropped here of late. On
-    /// a connection that has just ended they themselves count as dropped.
+    /// Queues packets, counts those that they displace, and says what came of `source`'s. On a connection that has just
+    /// ended they themselves count as dropped.
     pub(super) fn push(
         &self,
         now: Instant,
         source: NodePublic,
         packets: impl Iterator<Item = Bytes>,
         counters: &Atomics,
-    ) -> u64 {
-        let (mut disco, mut data, mut own) = (0, 0, 0);
+    ) -> Outcome {
+        let (mut disco, mut data, mut outcome) = (0, 0, Outcome::default());
         let gone = self.put(|waiting| {
             if waiting.abandoned {
                 return packets.count();
             }
             for payload in packets {
+                let length = payload.len();
                 let pushed = waiting.queue.push(now, source, payload);
                 match pushed.lane {
                     Lane::Disco => disco += pushed.displaced,
                     Lane::Data => data += pushed.displaced,
                 }
-                own += pushed.own_dropped;
+                outcome.add(length, &pushed);
             }
             0
         });
         counters.dropped_queue_disco.add(disco);
         counters.dropped_queue_data.add(data);
         counters.dropped_gone.add(gone as u64);
-        own
+        outcome
     }
 
     pub(super) fn pong(&self, data: [u8; 8]) {

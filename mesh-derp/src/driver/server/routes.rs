@@ -12,6 +12,15 @@ use crate::server::ConnectionId;
 /// How many destinations a connection remembers.
 const REMEMBERED: usize = 8;
 
+/// Where packets for a node go.
+#[derive(Debug)]
+pub(super) struct Route {
+    pub(super) node: NodePublic,
+    /// The node's active connection.
+    pub(super) id: ConnectionId,
+    pub(super) outlet: Arc<Outlet>,
+}
+
 /// What a connection remembers of the registry, for as long as nobody comes or goes.
 #[derive(Debug, Default)]
 pub(super) struct Routes {
@@ -20,7 +29,7 @@ pub(super) struct Routes {
     /// Whether a frame on this connection would make it its node's active one.
     shadowed: bool,
     /// Last used first.
-    known: Vec<(NodePublic, Arc<Outlet>)>,
+    known: Vec<Route>,
 }
 
 impl Routes {
@@ -40,15 +49,16 @@ impl Routes {
         }
     }
 
-    /// The outlet of `destination`, if it is remembered.
-    pub(super) fn get(&mut self, destination: &NodePublic) -> Option<&Arc<Outlet>> {
-        let at = self.known.iter().position(|(node, _)| node == destination)?;
+    /// The route to `destination`, if it is remembered.
+    pub(super) fn get(&mut self, destination: &NodePublic) -> Option<&Route> {
+        let at = self.known.iter().position(|route| route.node == *destination)?;
         self.known[..=at].rotate_right(1);
-        self.known.first().map(|(_, outlet)| outlet)
+        self.known.first()
     }
 
-    pub(super) fn remember(&mut self, destination: NodePublic, outlet: Arc<Outlet>) {
+    pub(super) fn remember(&mut self, route: Route) -> Option<&Route> {
         self.known.truncate(REMEMBERED - 1);
-        self.known.insert(0, (destination, outlet));
+        self.known.insert(0, route);
+        self.known.first()
     }
 }

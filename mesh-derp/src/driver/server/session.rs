@@ -8,11 +8,12 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use mesh_noise::key::NodePublic;
+use mesh_noise::key::{KEY_LEN, NodePublic};
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Sleep as Timer;
@@ -21,13 +22,13 @@ use super::RelayServer;
 use super::login::Ended;
 use super::outlet::{Outlet, Sleep};
 use super::region::Guest;
-use super::routes::Routes;
+use super::routes::{Route, Routes};
 use super::slab;
 use crate::driver::stream::{Rewind, Transport};
 use crate::driver::{now, random_fraction};
 use crate::frame::{Frame, GoneReason};
 use crate::queue::Lane;
-use crate::server::{Connection, ConnectionId, Input};
+use crate::server::{Connection, ConnectionId, Input, Pressure, RateLimiter};
 
 /// What is added to the configured keep-alive period, at random, once a connection.
 const KEEP_ALIVE_SPREAD: Duration = Duration::from_secs(5);
@@ -113,6 +114,11 @@ pub(super) struct Session {
     keep_alive_period: Duration,
     keep_alive_at: Instant,
     reading: Reading,
+    /// Until when nothing is read.
+    paused_until: Option<Instant>,
+    pressure: Pressure<ConnectionId>,
+    rate: RateLimiter,
+    rate_version: u64,
     routes: Routes,
     /// Receivers that know of this node because they were given a packet from it.
     given: HashSet<ConnectionId>,
@@ -154,6 +160,8 @@ impl Session {
         while let Some(bytes) = core.poll_transmit() {
             out.extend_from_slice(&bytes);
         }
+        let (at, (rate_version, rate)) = (now(), registration.server.rate());
+        let relay = registration.outlet.guest().is_relay();
         let period = registration.server.config.keep_alive + KEEP_ALIVE_SPREAD.mul_f64(random_fraction());
         Self {
             stream,
@@ -164,8 +172,12 @@ impl Session {
             blocked_since: None,
             told_blocked: false,
             keep_alive_period: period,
-            keep_alive_at: now() + period,
+            keep_alive_at: at + period,
             reading: Reading::Free,
+            paused_until: None,
+            pressure: Pressure::new(),
+            rate: if relay { RateLimiter::exempt() } else { RateLimiter::new(at, rate) },
+            rate_version,
             routes: Routes::default(),
             given: HashSet::new(),
             skipped: 0,
@@ -184,7 +196,7 @@ impl Session {
 
     /// Does what came together with the login.
     fn take_early(&mut self) -> Result<(), Ended> {
-        self.take_frames(now())?;
+        self.paused_until = self.take_frames(now())?;
         let rest = BytesMut::from(&self.core.read_buffer()[..]);
         *self.core.read_buffer() = rest;
         Ok(())
@@ -270,6 +282,10 @@ impl Session {
     /// Reads one unit of what the client has sent, if it may, and passes it on. Whether to do so again at once; otherwise
     /// the task will be woken when it may.
     fn read_unit(&mut self, cx: &mut Context<'_>, at: Instant, turn: &Arc<Semaphore>) -> Result<bool, Ended> {
+        if self.paused_until.is_some_and(|until| at < until) {
+            return Ok(false);
+        }
+        self.paused_until = None;
         if let Reading::Waiting(awaited) = &mut self.reading {
             let Poll::Ready(permit) = awaited.as_mut().poll(cx) else { return Ok(false) };
             self.reading = permit.map_or(Reading::Free, Reading::Turn);
@@ -292,7 +308,12 @@ impl Session {
             *self.core.read_buffer() = unit;
             let taken = self.take_frames(at);
             slab::keep_rest(self.core.read_buffer());
-            taken?;
+            self.paused_until = taken?;
+            if self.paused_until.is_some() {
+                self.registration.server.counters.pauses.add(1);
+                self.reading = Reading::Free;
+                return Ok(false);
+            }
             // So little is nearly always all there is, and only asking again makes sure to be woken for more.
             if read >= room / 2 || matches!(self.reading, Reading::Turn(_)) {
                 break;
@@ -323,6 +344,9 @@ impl Session {
             }
             next = next.min(if self.told_blocked { stalled_at } else { since + BRIEF });
         }
+        if let Some(until) = self.paused_until {
+            next = next.min(until);
+        }
         if at >= self.keep_alive_at {
             self.keep_alive_at = at + self.keep_alive_period;
             next = next.max(at).min(self.keep_alive_at);
@@ -339,12 +363,13 @@ impl Session {
         Ok(())
     }
 
-    /// Does what the frames say that have been read.
-    fn take_frames(&mut self, at: Instant) -> Result<(), Ended> {
+    /// Does what the frames say that have been read. Until when nothing more is to be read.
+    fn take_frames(&mut self, at: Instant) -> Result<Option<Instant>, Ended> {
+        self.refresh_rate(at);
         let Registration { server, id, outlet } = &self.registration;
         self.routes.refresh(server, *id, outlet);
         let mut run = Run::default();
-        let mut frames = 0;
+        let (mut frames, mut until) = (0, None);
         let result = loop {
             let input = match self.core.poll_input() {
                 Ok(Some(input)) => input,
@@ -354,6 +379,7 @@ impl Session {
             frames += 1;
             match input {
                 Input::Packet { destination, payload } => {
+                    until = until.max(self.rate.charge(at, KEY_LEN + payload.len()));
                     if run.destination != Some(destination) {
                         self.pass_on(at, &mut run);
                         run.destination = Some(destination);
@@ -379,22 +405,28 @@ impl Session {
         counters.frames_in.add(frames);
         counters.frames_unknown.add(self.core.skipped() - self.skipped);
         self.skipped = self.core.skipped();
-        result
+        result.map(|()| until.max(self.pressure.pause(at)))
+    }
+
+    /// Takes note of another rate limit.
+    fn refresh_rate(&mut self, at: Instant) {
+        let server = &self.registration.server;
+        if server.rate_version.load(Ordering::Acquire) != self.rate_version {
+            let (version, rate) = server.rate();
+            self.rate.set_limit(at, rate);
+            self.rate_version = version;
+        }
     }
 
     /// Puts a run of packets where they belong.
     fn pass_on(&mut self, at: Instant, run: &mut Run) {
         let Some(destination) = run.destination.take() else { return };
-        let server = &self.registration.server;
+        let server = Arc::clone(&self.registration.server);
         let counters = &server.counters;
         counters.packets_in.add(run.packets.len() as u64);
         counters.bytes_in.add(run.packets.iter().map(|packet| packet.len() as u64).sum());
-        if let Some(receiver) = self.routes.get(&destination) {
-            receiver.push(at, self.node, run.packets.drain(..), counters);
-            return;
-        }
-        let found = server.registry().route(&destination).map(|(id, outlet)| (id, Arc::clone(outlet)));
-        let Some((id, receiver)) = found else {
+        let known = self.routes.get(&destination).map(|route| (route.id, Arc::clone(&route.outlet)));
+        let Some((id, receiver)) = known.or_else(|| self.find(destination)) else {
             if server.forward(self.node, destination, &mut run.packets) {
                 return;
             }
@@ -408,6 +440,14 @@ impl Session {
             }
             return;
         };
+        let outcome = receiver.push(at, self.node, run.packets.drain(..), counters);
+        self.pressure.note(id, outcome);
+    }
+
+    /// Asks the registry where a node is, and lets it know when this one leaves.
+    fn find(&mut self, node: NodePublic) -> Option<(ConnectionId, Arc<Outlet>)> {
+        let server = &self.registration.server;
+        let (id, outlet) = server.registry().route(&node).map(|(id, outlet)| (id, Arc::clone(outlet)))?;
         if self.given.insert(id) {
             // Identifiers are never used twice, so a long-lived sender's list would grow with every reconnect.
             if self.given.len() > MAX_GIVEN {
@@ -415,8 +455,8 @@ impl Session {
             }
             server.registry_mut().note_heard(id, self.node);
         }
-        receiver.push(at, self.node, run.packets.drain(..), counters);
-        self.routes.remember(destination, receiver);
+        self.routes.remember(Route { node, id, outlet: Arc::clone(&outlet) });
+        Some((id, outlet))
     }
 }
 
