@@ -33,6 +33,9 @@ impl Longest {
         if flows[id].rank == NONE {
             self.put(flows, self.0.len(), id);
         }
+        if self.0.len() == 1 {
+            return;
+        }
         let at = self.rise(flows, flows[id].rank as usize);
         self.sink(flows, at);
     }

@@ -136,7 +136,11 @@ impl TestRelay {
 
     /// A raw connection over plain HTTP, not logged in.
     pub(crate) async fn upgraded(&self) -> Raw<TcpStream> {
-        let stream = TcpStream::connect(self.address).await.unwrap();
+        Self::upgrade(TcpStream::connect(self.address).await.unwrap()).await
+    }
+
+    /// The same over a connection that has been made.
+    pub(crate) async fn upgrade(stream: TcpStream) -> Raw<TcpStream> {
         let mut raw = Raw::new(stream);
         raw.write(b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n").await;
         let head = raw.read_head().await;

@@ -64,6 +64,50 @@ async fn a_receiver_that_does_not_read_loses_old_packets_and_nobody_else_does() 
 }
 
 #[tokio::test]
+async fn a_flood_from_one_sender_takes_nothing_from_another() {
+    const TRICKLE: u32 = 200;
+    let relay = TestRelay::start().await;
+    // A receiver that reads some 3 MB/s, and for which the kernel holds little.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(64 * 1024).unwrap();
+    let mut receiver = TestRelay::upgrade(socket.connect(relay.address).await.unwrap()).await;
+    receiver.log_in(&node_key(1)).await;
+    let to = node_key(1).public();
+    let (mut flooding, mut trickling) = (relay.raw(&node_key(2)).await, relay.raw(&node_key(3)).await);
+    let flood = tokio::spawn(async move {
+        for number in 0.. {
+            flooding.send(Frame::SendPacket { destination: to, payload: numbered(number) }).await;
+        }
+    });
+    let trickle = tokio::spawn(async move {
+        for number in 0..TRICKLE {
+            trickling.send(Frame::SendPacket { destination: to, payload: numbered(number) }).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        trickling
+    });
+    let (mut came, mut flooded, mut read) = (0, 0u32, 0);
+    while came < TRICKLE {
+        let Some(Frame::RecvPacket { source, payload }) = receiver.frame().await else { panic!("no packet") };
+        if source == node_key(3).public() {
+            assert_eq!(payload, numbered(came), "the trickle is whole and in order");
+            came += 1;
+        } else {
+            flooded += 1;
+        }
+        read += payload.len();
+        if read >= 32 * 1024 {
+            read = 0;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    flood.abort();
+    drop(trickle.await.unwrap());
+    let counters = relay.counters();
+    assert!(counters.dropped_queue_data > 0 && flooded > TRICKLE, "{flooded} of the flood, {counters:?}");
+}
+
+#[tokio::test]
 async fn a_receiver_that_takes_nothing_is_let_go() {
     let config = Config { write_stall: Duration::from_millis(300), ..Config::default() };
     let relay = TestRelay::start_with(config, "127.0.0.1:0".parse().unwrap()).await;
