@@ -153,9 +153,12 @@ impl RelayServer {
     }
 
     /// Ends all relay connections, and with them their [`RelayServer::serve`] futures.
+    ///
+    /// Other relays of the region see their links break, and hear nothing of the clients: those may well be on their way
+    /// to them.
     pub fn close_all(&self) {
         for outlet in self.registry().handles() {
-            outlet.close();
+            outlet.close_with_all();
         }
     }
 

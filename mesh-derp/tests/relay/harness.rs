@@ -58,6 +58,7 @@ pub(crate) struct TestRelay {
 
 impl Drop for TestRelay {
     fn drop(&mut self) {
+        self.server.close_all();
         self.accepting.abort();
     }
 }

@@ -34,6 +34,7 @@ struct Waiting {
     home: bool,
     abandoned: bool,
     closing: bool,
+    closing_all: bool,
     /// The connection's task.
     task: Option<Waker>,
     /// Whether it sleeps until something is put in.
@@ -71,6 +72,7 @@ impl Outlet {
             home: false,
             abandoned: false,
             closing: false,
+            closing_all: false,
             task: None,
             asleep: false,
         };
@@ -241,6 +243,17 @@ impl Outlet {
         waiting.abandoned = true;
         waiting.task = None;
         waiting.queue.clear() as u64
+    }
+
+    /// Ends the connection together with all others.
+    pub(super) fn close_with_all(&self) {
+        self.waiting().closing_all = true;
+        self.close();
+    }
+
+    /// Whether it was ended that way.
+    pub(super) fn is_closed_with_all(&self) -> bool {
+        self.waiting().closing_all
     }
 
     /// Ends the connection.

@@ -88,12 +88,14 @@ impl RelayServer {
         })
     }
 
-    /// A connection is over.
-    pub(super) fn leave(&self, id: ConnectionId) {
+    /// A connection is over; `with_all` if it was ended together with all others, the links of the region among them: then
+    /// the node has not left the region as far as others know.
+    pub(super) fn leave(&self, id: ConnectionId, with_all: bool) {
         let departure = self.change_registry(|registry| {
             let node = registry.node(id)?;
             let departure = registry.unregister(id);
             match &departure {
+                Some(_) if with_all => {}
                 Some(_) => registry.watchers().for_each(|watcher| watcher.tell_watcher(|watch| watch.gone(node))),
                 None => drop(registry.route(&node).map(|(_, heir)| heir.notice(""))),
             }

@@ -69,7 +69,7 @@ struct Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.server.leave(self.id);
+        self.server.leave(self.id, self.outlet.is_closed_with_all());
         let counters = &self.server.counters;
         counters.dropped_gone.add(self.outlet.abandon(counters));
     }
