@@ -7,6 +7,7 @@ mod clients;
 mod faults;
 mod harness;
 mod http;
+mod limits;
 mod overload;
 mod region;
 mod websocket;
