@@ -12,18 +12,20 @@
 //!                     all considerable destinations drop a third or more
 //!          free ─────────────────────────────────────────────────────────► slowed ◄─┐ again: slower by a quarter, but
 //!           ▲                                                               │   └───┘ not below what gets through
-//!           └────────── half as slow for each window in which one drops ◄───┘
-//!                       less than a tenth, or no one has a say; between a third and a tenth nothing changes
+//!           └─── half as slow, then a quarter, an eighth… for each window ◄─┘
+//!                in a row in which one drops less than a tenth, or no one
+//!                has a say; between a third and a tenth nothing changes
 //! ```
 
 use std::time::{Duration, Instant};
 
 use crate::queue::Pushed;
 
-/// How long is watched before the pace changes, and how many bytes have to come in that time.
+/// How long is watched before the pace changes, and how many bytes have to come in that time. Some have to get through as
+/// well, for receivers among many are served now and then.
 const WINDOW: Duration = Duration::from_millis(100);
 const WINDOW_BYTES: u64 = 32 * 1024;
-/// A sender that has not brought that many bytes in this time is not worth slowing.
+/// How long is watched at most. A sender that has brought no more than that by then is not worth slowing.
 const LONGEST_WINDOW: Duration = Duration::from_secs(1);
 /// Destinations told apart in a window. Further ones count as one.
 const DESTINATIONS: usize = 8;
@@ -35,10 +37,11 @@ const FEW: u64 = 10;
 /// A receiver that has taken nothing for so long has no say.
 const STUCK: Duration = Duration::from_secs(3);
 /// The longest pause, so that what else the sender has to say is not late by more; and the shortest worth a timer.
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
-/// The slowest pace, in nanoseconds a byte: 64 KiB in the longest pause.
-const SLOWEST: f64 = 100e6 / 65_536.0;
+/// The slowest pace, in nanoseconds a byte: what a relay reads at once, 64 KiB, in the longest pause. A thousand senders
+/// at that pace are not too many.
+const SLOWEST: f64 = 500e6 / 65_536.0;
 /// A pace that is no pace any more: a gigabyte a second.
 const FASTEST: f64 = 1.0;
 
@@ -93,6 +96,8 @@ pub struct Pressure<K> {
     shares: Vec<Share<K>>,
     /// Nanoseconds to pause for each byte; 0 while free.
     pace: f64,
+    /// Windows in a row that were good.
+    good: i32,
     /// Bytes read since the last batch, and the pause owed for earlier ones.
     bytes: u64,
     owed: Duration,
@@ -102,7 +107,7 @@ impl<K: Copy + PartialEq> Pressure<K> {
     /// For a sender that has just come.
     #[must_use]
     pub const fn new() -> Self {
-        Self { began: None, last: None, shares: Vec::new(), pace: 0.0, bytes: 0, owed: Duration::ZERO }
+        Self { began: None, last: None, shares: Vec::new(), pace: 0.0, good: 0, bytes: 0, owed: Duration::ZERO }
     }
 
     /// Packets have been queued for `destination`, with that outcome.
@@ -134,8 +139,9 @@ impl<K: Copy + PartialEq> Pressure<K> {
             self.begin(now);
         }
         let began = *self.began.get_or_insert(now);
-        let (elapsed, bytes) = (now.saturating_duration_since(began), self.total());
-        if (elapsed >= WINDOW && bytes >= WINDOW_BYTES) || elapsed >= LONGEST_WINDOW {
+        let elapsed = now.saturating_duration_since(began);
+        let enough = elapsed >= WINDOW && self.total() >= WINDOW_BYTES && self.delivered() > 0;
+        if enough || elapsed >= LONGEST_WINDOW {
             self.judge(elapsed);
             self.begin(now);
         }
@@ -163,6 +169,10 @@ impl<K: Copy + PartialEq> Pressure<K> {
         self.shares.iter().map(|share| share.bytes).sum()
     }
 
+    fn delivered(&self) -> u64 {
+        self.shares.iter().map(Share::delivered).sum()
+    }
+
     fn begin(&mut self, now: Instant) {
         self.began = Some(now);
         self.shares.clear();
@@ -177,12 +187,15 @@ impl<K: Copy + PartialEq> Pressure<K> {
             && considerable().all(|share| share.dropped * MANY >= share.packets);
         let eased = considerable().any(|share| share.dropped * FEW < share.packets);
         if pressed {
-            let delivered: u64 = self.shares.iter().map(Share::delivered).sum();
             // As slow as what gets through, had it been spread over the window.
-            let enough = (elapsed.as_secs_f64() * 1e9 / delivered.max(1) as f64).min(SLOWEST);
+            let enough = (elapsed.as_secs_f64() * 1e9 / self.delivered().max(1) as f64).min(SLOWEST);
+            self.good = 0;
             self.set_pace((self.pace + enough / 4.0).min(enough));
         } else if eased || total < WINDOW_BYTES || considerable().next().is_none() {
-            self.set_pace(self.pace / 2.0);
+            self.good = self.good.saturating_add(1);
+            self.set_pace(self.pace * 0.5_f64.powi(self.good));
+        } else {
+            self.good = 0;
         }
     }
 
@@ -289,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_sender_is_read_at_little_more_than_its_receivers_take() {
-        for rate in [0.5, 4.0, 20.0] {
+        for rate in [0.1, 0.5, 4.0, 20.0] {
             let mut relay = Relay::new(2);
             relay.run(Duration::from_secs(2), &[rate, rate], &[10, 10]).reset();
             relay.run(Duration::from_secs(2), &[rate, rate], &[10, 10]);
