@@ -10,11 +10,11 @@
 //!
 //! ```text
 //!                     all considerable destinations drop a third or more
-//!          free ─────────────────────────────────────────────────────────► slowed ◄─┐ again: slower by a quarter, but
+//!          free ─────────────────────────────────────────────────────────► slowed ◄─┐ again: slower by a half, but
 //!           ▲                                                               │   └───┘ not below what gets through
-//!           └─── half as slow, then a quarter, an eighth… for each window ◄─┘
-//!                in a row in which one drops less than a tenth, or no one
-//!                has a say; between a third and a tenth nothing changes
+//!           └── a fifth faster, the same again, then twice, four times… ◄───┘
+//!               for each window in a row in which one drops less than a tenth,
+//!               or no one has a say; between a third and a tenth nothing changes
 //! ```
 
 use std::time::{Duration, Instant};
@@ -190,10 +190,12 @@ impl<K: Copy + PartialEq> Pressure<K> {
             // As slow as what gets through, had it been spread over the window.
             let enough = (elapsed.as_secs_f64() * 1e9 / self.delivered().max(1) as f64).min(SLOWEST);
             self.good = 0;
-            self.set_pace((self.pace + enough / 4.0).min(enough));
+            self.set_pace((self.pace + enough / 2.0).min(enough));
         } else if eased || total < WINDOW_BYTES || considerable().next().is_none() {
             self.good = self.good.saturating_add(1);
-            self.set_pace(self.pace * 0.5_f64.powi(self.good));
+            // A fifth faster at first: if what gets through has not grown, that is how it can stay.
+            let faster = if self.good <= 2 { 0.8 } else { 0.5_f64.powi(self.good - 2) };
+            self.set_pace(self.pace * faster);
         } else {
             self.good = 0;
         }
