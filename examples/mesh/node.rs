@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use mesh_derp::proxy::Proxies;
 use mesh_derp::tls::ClientTls;
 use mesh_node::local_api::{Client, ClientError, PingRequest, Pong, SetRequest, UpRequest, UpResponse, Via};
 use mesh_node::netcheck::NetcheckReport;
@@ -202,7 +203,8 @@ pub(crate) async fn netcheck(socket: PathBuf, options: &cli::Netcheck) -> anyhow
         },
         Some(file) => {
             let map = crate::serve::read_derp_map(file)?;
-            let report = mesh_nat::driver::netcheck_once(map, &ClientTls::system()?).await;
+            let report =
+                mesh_nat::driver::netcheck_once(map, &ClientTls::system()?, &Proxies::from_environment()?).await;
             NetcheckReport::from(&report)
         }
     };

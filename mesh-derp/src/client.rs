@@ -14,7 +14,13 @@
 //! # Liveness
 //! The relay sends something at least every 65 s. A connection is given up after [`Timing::silence`] without a byte. That
 //! is long while traffic is waiting, so a client that has sent something and heard nothing for [`Timing::ping_after`]
-//! asks with a Ping, and gives up [`Timing::pong_within`] later.
+//! asks with a Ping, and gives up [`Timing::pong_within`] later. Who sends nothing asks nothing: an idle connection costs
+//! a keep-alive a minute.
+//!
+//! # Rate
+//! A relay may say in its answer to the login how many bytes a second it wants at most. After a packet that exceeds that,
+//! [`Connection::is_paused`] until the bytes have been earned; what waits meanwhile, and what is dropped of it, is the
+//! caller's to decide. A burst of one longest packet is taken for granted, whatever the relay says.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -23,9 +29,12 @@ use bytes::{Bytes, BytesMut};
 use mesh_noise::key::{NodePrivate, NodePublic, RelayPublic, SharedBox};
 use rand_core::CryptoRng;
 
-use crate::frame::{Decoder, Frame, FrameError, GoneReason, MAX_PACKET_LEN};
+use crate::frame::{Decoder, Frame, FrameError, GoneReason, HEADER_LEN, MAX_PACKET_LEN};
 use crate::login::{ClientInfo, LoginError, MeshKey, ServerInfo};
 use crate::random::Prepared;
+use crate::server::{RateLimit, RateLimiter};
+
+pub mod dialling;
 
 /// Why a connection is over.
 #[derive(Debug, thiserror::Error)]
@@ -67,10 +76,10 @@ pub struct Timing {
 }
 
 impl Default for Timing {
-    /// 10 s, 120 s, 8 s and 5 s.
+    /// 10 s, 120 s, 4 s and 3 s. A Ping waits behind up to 192 KiB of our own: 1.5 s on a megabit.
     fn default() -> Self {
         let secs = Duration::from_secs;
-        Self { login: secs(10), silence: secs(120), ping_after: secs(8), pong_within: secs(5) }
+        Self { login: secs(10), silence: secs(120), ping_after: secs(4), pong_within: secs(3) }
     }
 }
 
@@ -143,6 +152,8 @@ pub struct Connection {
     sent: Option<Instant>,
     /// When a Ping must have been answered, if one is under way.
     answer_by: Option<Instant>,
+    limiter: RateLimiter,
+    paused_until: Option<Instant>,
 }
 
 impl Connection {
@@ -200,6 +211,8 @@ impl Connection {
             heard: now,
             sent: None,
             answer_by: None,
+            limiter: RateLimiter::new(now, RateLimit::default()),
+            paused_until: None,
         };
         if let Some(relay) = known {
             connection.log_in(relay);
@@ -221,13 +234,28 @@ impl Connection {
         matches!(self.state, State::LoggingIn { .. } | State::Open)
     }
 
+    /// Whether the relay has accepted the login.
+    #[must_use]
+    pub const fn is_open(&self) -> bool {
+        matches!(self.state, State::Open)
+    }
+
+    /// Whether the relay's limit asks for packets to be kept back until [`Connection::handle_timeout`] has ended that. Those
+    /// that are sent all the same are counted against it.
+    #[must_use]
+    pub const fn is_paused(&self) -> bool {
+        self.paused_until.is_some()
+    }
+
     /// Queues a packet for `destination`; `false` if it is longer than a relay passes on, or the login has not been sent.
     pub fn send(&mut self, now: Instant, destination: NodePublic, payload: Bytes) -> bool {
         if payload.len() > MAX_PACKET_LEN || !self.accepts_packets() {
             return false;
         }
+        let length = HEADER_LEN + 32 + payload.len();
         Frame::SendPacket { destination, payload }.encode(&mut self.out);
         self.sent = Some(now);
+        self.paused_until = self.limiter.charge(now, length);
         true
     }
 
@@ -270,7 +298,7 @@ impl Connection {
         self.sent = None;
         self.answer_by = None;
         while let Some(frame) = self.decoder.next_frame()? {
-            self.handle_frame(frame)?;
+            self.handle_frame(now, frame)?;
         }
         Ok(())
     }
@@ -294,7 +322,7 @@ impl Connection {
             (None, Some(_)) if matches!(self.state, State::Open) => Some(self.ping_due()),
             (None, _) => None,
         };
-        [self.login_by, Some(silence), ping].into_iter().flatten().min()
+        [self.login_by, Some(silence), ping, self.paused_until].into_iter().flatten().min()
     }
 
     /// Does whatever is due.
@@ -305,6 +333,7 @@ impl Connection {
         if self.login_by.is_some_and(|by| now >= by) {
             return Err(ClientError::LoginTimeout(self.timing.login));
         }
+        self.paused_until = self.paused_until.filter(|until| now < *until);
         let unanswered = self.answer_by.is_some_and(|answer_by| now >= answer_by);
         if unanswered || now >= self.heard + self.timing.silence {
             return Err(ClientError::Silent(now.duration_since(self.heard)));
@@ -343,7 +372,7 @@ impl Connection {
         self.state = State::LoggingIn { relay, shared };
     }
 
-    fn handle_frame(&mut self, frame: Frame) -> Result<(), ClientError> {
+    fn handle_frame(&mut self, now: Instant, frame: Frame) -> Result<(), ClientError> {
         match (&self.state, frame) {
             (State::AwaitingKey, Frame::ServerKey(relay)) => self.log_in(relay),
             (State::AwaitingKey, frame) => {
@@ -351,6 +380,8 @@ impl Connection {
             }
             (State::LoggingIn { relay, shared }, Frame::ServerInfo { sealed }) => {
                 let info = ServerInfo::open(shared, &sealed)?;
+                let limit = RateLimit { bytes_per_second: info.bytes_per_second, burst: info.burst };
+                self.limiter.set_limit(now, limit);
                 self.events.push_back(Event::Connected { relay: *relay, info });
                 self.login_by = None;
                 self.state = State::Open;
@@ -541,12 +572,12 @@ mod tests {
         assert!(client.send(later, NodePublic::ZERO, Bytes::from_static(b"x")));
         relay.frames(&mut client);
         let ping_at = client.poll_timeout().unwrap();
-        assert_eq!(ping_at, later + Duration::from_secs(8));
+        assert_eq!(ping_at, later + Duration::from_secs(4));
         client.handle_timeout(ping_at).unwrap();
         let frames = relay.frames(&mut client);
         let [Frame::Ping(data)] = frames[..] else { panic!("{frames:?}") };
         let gone_at = client.poll_timeout().unwrap();
-        assert_eq!(gone_at, ping_at + Duration::from_secs(5));
+        assert_eq!(gone_at, ping_at + Duration::from_secs(3));
         client.handle_bytes(ping_at, &Frame::Pong(data).to_bytes()).unwrap();
         assert_eq!(client.poll_timeout(), Some(ping_at + Duration::from_secs(120)));
         assert!(client.send(ping_at, NodePublic::ZERO, Bytes::from_static(b"x")));
@@ -568,6 +599,30 @@ mod tests {
         client.check(now + patience, patience);
         assert_eq!(client.poll_timeout(), Some(now + patience * 2));
         assert!(matches!(client.handle_timeout(now + patience * 2), Err(ClientError::Silent(_))));
+    }
+
+    #[test]
+    fn a_relays_limit_pauses_packets_until_the_bytes_are_earned() {
+        let (now, mut relay) = (start(), Relay::new());
+        let key = relay.private.public();
+        let mut client = Connection::new(now, node(), Some(key), false, &mut StdRng::seed_from_u64(1));
+        relay.frames(&mut client);
+        let info = ServerInfo { bytes_per_second: 10_000, burst: 70_000, ..ServerInfo::default() };
+        let sealed = info.seal(&relay.private.box_with_node(&node().public()), &mut relay.rng);
+        client.handle_bytes(now, &sealed.to_bytes()).unwrap();
+        let packet = Bytes::from(vec![0; 20_000 - HEADER_LEN - 32]);
+        for _ in 0..3 {
+            assert!(client.send(now, NodePublic::ZERO, packet.clone()));
+            assert!(!client.is_paused());
+        }
+        // 10,000 bytes more than there were: a second's worth.
+        assert!(client.send(now, NodePublic::ZERO, packet));
+        assert!(client.is_paused());
+        assert_eq!(client.poll_timeout(), Some(now + Duration::from_secs(1)));
+        client.handle_timeout(now + Duration::from_millis(999)).unwrap();
+        assert!(client.is_paused());
+        client.handle_timeout(now + Duration::from_secs(1)).unwrap();
+        assert!(!client.is_paused());
     }
 
     #[test]

@@ -43,14 +43,22 @@ pub(crate) fn make_room(buffer: &mut BytesMut, chunk: usize) {
 #[cfg(target_os = "linux")]
 const NOT_SENT: u32 = 128 * 1024;
 
+/// How long a relay lets what it has sent go unacknowledged.
+#[cfg(feature = "server")]
+pub(crate) const SERVER_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a client does: it has other relays to turn to. Its pings notice sooner, unless the system is stuck on data.
+pub(crate) const CLIENT_PATIENCE: Duration = Duration::from_secs(8);
+
 /// Sets up a relay's TCP connection: no waiting for more to send, and an end that has silently gone is noticed after
-/// 15 s of unanswered data, or some 11 min of silence. Options that the system does not have are left alone.
-pub(crate) fn tune(stream: &TcpStream) {
+/// `patience` of unanswered data, or some 11 min of silence. Options that the system does not have are left alone.
+pub(crate) fn tune(stream: &TcpStream, patience: Duration) {
     let socket = socket2::SockRef::from(stream);
     let _ = socket.set_tcp_nodelay(true);
     let _ = socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(Duration::from_secs(600)));
     #[cfg(target_os = "linux")]
-    let _ = socket.set_tcp_user_timeout(Some(Duration::from_secs(15)));
+    let _ = socket.set_tcp_user_timeout(Some(patience));
+    #[cfg(not(target_os = "linux"))]
+    let _ = patience;
     // What waits, waits in our queue, where disco overtakes it and too much is noticed.
     #[cfg(target_os = "linux")]
     let _ = socket.set_tcp_notsent_lowat(NOT_SENT);

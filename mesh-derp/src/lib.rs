@@ -8,6 +8,7 @@ pub mod frame;
 pub mod json;
 pub mod login;
 pub mod map;
+pub mod proxy;
 pub mod queue;
 mod random;
 pub mod server;

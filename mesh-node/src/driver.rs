@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use mesh_control::driver::client::check_url;
+use mesh_derp::proxy::Proxies;
 use mesh_derp::tls::ClientTls;
 use mesh_noise::key::{MachinePrivate, NodePublic};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -74,6 +75,7 @@ pub(crate) struct Shared {
 pub(crate) struct Fixed {
     pub(crate) machine: MachinePrivate,
     pub(crate) relay_tls: ClientTls,
+    pub(crate) relay_proxies: Proxies,
     pub(crate) static_endpoints: Vec<std::net::SocketAddr>,
     pub(crate) peer_relay_addresses: Vec<std::net::SocketAddr>,
     pub(crate) loopback_endpoints: bool,

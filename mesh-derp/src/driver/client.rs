@@ -1,38 +1,50 @@
 //! One node's connection to the relays of a region, kept up for as long as it is wanted.
 //!
-//! [`RelayClient`] connects to the first relay of the region that works, logs in, and passes packets both ways. When the
-//! connection ends, for whatever reason, it connects again: at once after one that had been working, then ever later (at
-//! most about 5 s, with jitter). [`Outbox`] is where packets go in, from any thread; what is put in while there is no
-//! connection waits, newest first served by displacing the oldest.
+//! [`RelayClient`] connects to the relay of the region that is first to be reached, the map's first one by preference (see
+//! [`dialling`](crate::client::dialling)), logs in, and passes packets both ways. When the connection ends, for whatever
+//! reason, it connects again: at once after one that had been working, then ever later (at most about 5 s, with jitter).
+//! [`Outbox`] is where packets go in, from any thread; what is put in while there is no connection waits, newest first
+//! served by displacing the oldest.
+//!
+//! # Moving
+//! A second connection is made beside one that works, which is given up once the second has been let in, in two cases:
+//! - The relay says that it will restart. It is obeyed at the time it names, which spreads its clients out, and another
+//!   relay of the region is preferred. Should the relay be gone before that, the client waits for that time all the same.
+//! - The connection is to another relay than the region's first. That one is tried after 30 s, then ever less often.
+//!
+//! The older connection is read for a second more, since packets may be on their way through it, and not written to.
 
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use mesh_noise::key::{NodePrivate, NodePublic};
 use mesh_noise::random::SystemRng;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
-use tokio::sync::Notify;
 
-use super::stream::{Rewind, Transport};
-use super::{make_room, now, random_fraction};
+use super::{now, random_fraction};
+use crate::client::dialling::{History, ideal};
 use crate::client::{Connection, Event, Timing};
-use crate::frame::{GoneReason, HEADER_LEN, MAX_PACKET_LEN};
+use crate::frame::GoneReason;
 use crate::map::DerpRegion;
-use crate::queue::{Depth, Displaced, PacketQueue};
+use crate::proxy::Proxies;
+use crate::queue::Depth;
 use crate::tls::ClientTls;
 
 mod dial;
+mod open;
+mod outbox;
 
-#[cfg(not(feature = "server"))]
-use dial::Link as Dialled;
-pub use dial::{DialError, latency_check};
+pub use dial::{Carriage, DialError, latency_check};
+use dial::{Link, Reach};
 #[cfg(feature = "server")]
 pub(crate) use dial::{Link as Dialled, dial};
+use open::Open;
+#[cfg(feature = "server")]
+pub(crate) use open::write_some;
+pub use outbox::{Outbox, OutboxCounters};
 
 /// What a client needs to know.
 #[derive(Debug, Clone)]
@@ -43,6 +55,10 @@ pub struct Options {
     pub key: NodePrivate,
     /// How connections are secured.
     pub tls: ClientTls,
+    /// Through which HTTP proxy relays are reached, if any.
+    pub proxies: Proxies,
+    /// How frames travel.
+    pub carriage: Carriage,
     /// Whether this is the node's home region.
     pub home: bool,
     /// How much waits to be sent.
@@ -52,10 +68,19 @@ pub struct Options {
 }
 
 impl Options {
-    /// The usual settings: not home, and the usual depth of queue.
+    /// The usual settings: no proxy, not home, and the usual depth of queue.
     #[must_use]
     pub fn new(region: DerpRegion, key: NodePrivate, tls: ClientTls) -> Self {
-        Self { region, key, tls, home: false, queue: Depth::default(), timing: Timing::default() }
+        Self {
+            region,
+            key,
+            tls,
+            proxies: Proxies::none(),
+            carriage: Carriage::default(),
+            home: false,
+            queue: Depth::default(),
+            timing: Timing::default(),
+        }
     }
 }
 
@@ -63,7 +88,8 @@ impl Options {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum RelayEvent {
-    /// A relay has accepted the login.
+    /// A relay has accepted the login. Without a [`RelayEvent::Disconnected`] in between, the client has moved to this relay
+    /// from another one.
     Connected {
         /// Its name in the DERP map.
         node: String,
@@ -87,87 +113,16 @@ pub enum RelayEvent {
         /// Why.
         reason: GoneReason,
     },
-    /// The relay reports a problem; an empty text says that it is over.
+    /// The relay reports a problem; an empty text says that it is over, or that the connection it was about is.
     Health(String),
+    /// The relay is about to restart. The client sees to that by itself.
+    Restarting {
+        /// When it will connect anew.
+        reconnect_in: Duration,
+    },
 }
 
-/// What an outbox has counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub struct OutboxCounters {
-    /// Packets handed to a connection.
-    pub sent: u64,
-    /// Their bytes.
-    pub sent_bytes: u64,
-    /// Packets that made room for newer ones.
-    pub displaced: Displaced,
-    /// Packets longer than a relay passes on.
-    pub too_long: u64,
-}
-
-#[derive(Debug)]
-struct Shared {
-    queue: Mutex<PacketQueue>,
-    ready: Notify,
-    sent: AtomicU64,
-    sent_bytes: AtomicU64,
-    too_long: AtomicU64,
-}
-
-impl Shared {
-    fn queue(&self) -> MutexGuard<'_, PacketQueue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Where packets for a region go in. Cheap to clone; usable from any thread; never blocks.
-///
-/// Disco overtakes data. When the queue is full, the oldest packet makes room and is counted; so are packets that are
-/// dropped because all wait too long (see [`queue`](crate::queue)).
-#[derive(Debug, Clone)]
-pub struct Outbox(Arc<Shared>);
-
-impl Outbox {
-    /// Queues a packet for `destination`; `false` if it is longer than a relay passes on.
-    pub fn try_send(&self, destination: NodePublic, payload: Bytes) -> bool {
-        self.try_send_all([(destination, payload)]) == 1
-    }
-
-    /// Queues packets and says how many were taken.
-    pub fn try_send_all(&self, packets: impl IntoIterator<Item = (NodePublic, Bytes)>) -> usize {
-        let mut taken = 0;
-        {
-            let mut queue = self.0.queue();
-            let at = now();
-            for (destination, payload) in packets {
-                if payload.len() > MAX_PACKET_LEN {
-                    self.0.too_long.fetch_add(1, Ordering::Relaxed);
-                    continue;
-                }
-                queue.push(at, destination, payload);
-                taken += 1;
-            }
-        }
-        if taken > 0 {
-            self.0.ready.notify_one();
-        }
-        taken
-    }
-
-    /// What has been counted.
-    #[must_use]
-    pub fn counters(&self) -> OutboxCounters {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        OutboxCounters {
-            sent: load(&self.0.sent),
-            sent_bytes: load(&self.0.sent_bytes),
-            displaced: self.0.queue().displaced(),
-            too_long: load(&self.0.too_long),
-        }
-    }
-}
-
-type Dialling = Pin<Box<dyn Future<Output = Result<Dialled, DialError>> + Send>>;
+type Dialling = Pin<Box<dyn Future<Output = Result<Link, DialError>> + Send>>;
 
 enum State {
     Waiting(Pin<Box<tokio::time::Sleep>>),
@@ -175,55 +130,101 @@ enum State {
     Connected(Box<Open>),
 }
 
-struct Open {
-    node: String,
-    reader: ReadHalf<Rewind<Transport>>,
-    writer: WriteHalf<Rewind<Transport>>,
-    core: Connection,
-    out: BytesMut,
-    unflushed: bool,
+/// A connection in the making, beside one that works.
+enum Next {
+    Dialling(Dialling),
+    LoggingIn(Box<Open>),
+}
+
+/// A connection that has been replaced.
+struct Former {
+    open: Box<Open>,
+    until: tokio::time::Instant,
+}
+
+/// What a relay has said about its restart.
+#[derive(Debug, Clone, Copy)]
+struct Restart {
+    /// When to connect anew.
+    at: Instant,
+    /// Until when to try again quickly.
+    until: Instant,
 }
 
 /// One node's connection to a region. See the [module doc](self).
 pub struct RelayClient {
-    options: Options,
+    reach: Arc<Reach>,
+    key: NodePrivate,
+    home: bool,
+    timing: Timing,
     outbox: Outbox,
     state: State,
+    next: Option<Next>,
+    former: Option<Former>,
+    /// When to try the region's first relay, while connected to another.
+    return_at: Option<Instant>,
+    restart: Option<Restart>,
+    history: History,
+    health: Option<String>,
     events: VecDeque<RelayEvent>,
     failures: u32,
+    /// When the present round of attempts began: the login has to be over within the time it has.
+    dialled_at: Instant,
     connected_at: Option<Instant>,
     last_sent: Option<Instant>,
 }
 
 impl std::fmt::Debug for RelayClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RelayClient").field("region", &self.options.region.id).finish_non_exhaustive()
+        f.debug_struct("RelayClient").field("region", &self.reach.region.id).finish_non_exhaustive()
     }
 }
 
-const CLOSED: &str = "relay closed the connection";
-/// How much is handed to the socket at once: four TLS records.
-const BATCH: usize = 64 * 1024;
 /// A connection that lasted this long was a success: the next attempt follows at once.
 const SETTLED: Duration = Duration::from_secs(5);
 /// How soon a relay has to answer after the network has changed.
 const CHECK_PATIENCE: Duration = Duration::from_secs(1);
-/// How much is read at once.
-const READ_CHUNK: usize = 32 * 1024;
+/// How long a connection that has been replaced is still read.
+const LINGER: Duration = Duration::from_secs(1);
+/// The longest time for which a relay that restarts may keep its clients waiting, and trying in a hurry.
+const RESTART_LIMIT: Duration = Duration::from_secs(30);
+/// Between attempts at a relay that restarts, before jitter.
+const RESTART_RETRY: Duration = Duration::from_millis(200);
+
+/// What was done while connected.
+enum Step {
+    Present(Result<(), String>),
+    Dialled(Result<Link, DialError>),
+    LoggingIn(Result<(), String>),
+    Former(Result<(), String>),
+    MoveDue,
+}
 
 impl RelayClient {
     /// A client that begins to connect when [`RelayClient::next_event`] is first polled.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        let outbox = Outbox(Arc::new(Shared {
-            queue: Mutex::new(PacketQueue::new(options.queue)),
-            ready: Notify::new(),
-            sent: AtomicU64::new(0),
-            sent_bytes: AtomicU64::new(0),
-            too_long: AtomicU64::new(0),
-        }));
-        let state = State::Dialling(Box::pin(dial::dial(options.region.clone(), options.tls.clone())));
-        Self { options, outbox, state, events: VecDeque::new(), failures: 0, connected_at: None, last_sent: None }
+        let Options { region, key, tls, proxies, carriage, home, queue, timing } = options;
+        let reach = Arc::new(Reach { region, tls, proxies, carriage });
+        Self {
+            reach,
+            key,
+            home,
+            timing,
+            outbox: Outbox::new(queue),
+            state: State::Waiting(Box::pin(tokio::time::sleep(Duration::ZERO))),
+            next: None,
+            former: None,
+            return_at: None,
+            restart: None,
+            history: History::default(),
+            health: None,
+            events: VecDeque::new(),
+            failures: 0,
+            dialled_at: now(),
+            connected_at: None,
+            last_sent: None,
+        }
     }
 
     /// Where packets go in.
@@ -238,6 +239,12 @@ impl RelayClient {
         self.connected_at.is_some()
     }
 
+    /// The problem that the relay has reported, if it is not over.
+    #[must_use]
+    pub fn health(&self) -> Option<&str> {
+        self.health.as_deref()
+    }
+
     /// When a packet was last handed to a connection, for closing regions that are no longer used.
     #[must_use]
     pub const fn last_sent(&self) -> Option<Instant> {
@@ -246,16 +253,20 @@ impl RelayClient {
 
     /// Tells the relays whether this is the node's home region.
     pub fn set_home(&mut self, home: bool) {
-        self.options.home = home;
+        self.home = home;
         if let State::Connected(open) = &mut self.state {
+            open.core.set_home(home);
+        }
+        if let Some(Next::LoggingIn(open)) = &mut self.next {
             open.core.set_home(home);
         }
     }
 
-    /// Gives up the present connection and connects anew at once: the network has changed.
+    /// Gives up the present connection and connects anew at once: the network has changed, and what was learnt in the old one
+    /// says nothing about this one.
     pub fn reconnect(&mut self) {
-        self.failures = 0;
-        self.connected_at = None;
+        (self.failures, self.history, self.restart) = (0, History::default(), None);
+        self.close();
         self.state = self.dialling();
     }
 
@@ -287,60 +298,230 @@ impl RelayClient {
                     self.state = self.dialling();
                 }
                 State::Dialling(dialling) => match dialling.as_mut().await {
-                    Ok(link) => self.open(link),
+                    Ok(link) => self.state = State::Connected(Box::new(self.log_in(link, self.dialled_at))),
                     Err(error) => self.failed(error.to_string()),
                 },
-                State::Connected(open) => {
-                    if let Err(reason) = open.step(&self.outbox.0, &mut self.last_sent).await {
-                        self.failed(reason);
-                        continue;
-                    }
-                    while let Some(event) = open.core.poll_event() {
-                        match event {
-                            Event::Connected { .. } => {
-                                self.connected_at = Some(now());
-                                self.events.push_back(RelayEvent::Connected { node: open.node.clone() });
-                            }
-                            Event::Packet { source, payload } => {
-                                self.events.push_back(RelayEvent::Packet { source, payload });
-                            }
-                            Event::PeerGone { peer, reason } => {
-                                self.events.push_back(RelayEvent::PeerGone { peer, reason });
-                            }
-                            Event::PeerPresent { .. } => {}
-                            Event::Health(text) => self.events.push_back(RelayEvent::Health(text)),
-                            Event::Restarting { reconnect_in, .. } => {
-                                tracing::info!(?reconnect_in, "relay is about to restart");
-                            }
-                        }
-                    }
+                State::Connected(_) => {
+                    let step = self.step().await;
+                    self.handle_step(step);
                 }
             }
         }
     }
 
-    fn dialling(&self) -> State {
-        State::Dialling(Box::pin(dial::dial(self.options.region.clone(), self.options.tls.clone())))
+    /// Does one thing on one of the connections. Safe to cancel.
+    async fn step(&mut self) -> Step {
+        let move_at = self.move_at();
+        let State::Connected(open) = &mut self.state else { return Step::MoveDue };
+        let next = async {
+            match &mut self.next {
+                Some(Next::Dialling(dialling)) => Step::Dialled(dialling.as_mut().await),
+                Some(Next::LoggingIn(open)) => Step::LoggingIn(open.step_alone().await),
+                None => std::future::pending().await,
+            }
+        };
+        let former = async {
+            match &mut self.former {
+                Some(Former { open, until }) => {
+                    let heard = tokio::time::timeout_at(*until, open.listen()).await;
+                    Step::Former(heard.unwrap_or_else(|_| Err("replaced".to_owned())))
+                }
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            done = open.step(&self.outbox.0, &mut self.last_sent) => Step::Present(done),
+            step = next => step,
+            step = former => step,
+            () = sleep_until(move_at.map(Into::into)) => Step::MoveDue,
+        }
     }
 
-    fn open(&mut self, link: Dialled) {
-        let Options { key, home, timing, .. } = &self.options;
-        let core = Connection::new(now(), key.clone(), link.relay, *home, &mut SystemRng).with_timing(*timing);
-        let (reader, writer) = tokio::io::split(link.stream);
-        let out = BytesMut::from(&link.first[..]);
-        let open = Open { node: link.node, reader, writer, core, out, unflushed: false };
-        self.state = State::Connected(Box::new(open));
+    fn handle_step(&mut self, step: Step) {
+        match step {
+            Step::Present(Ok(())) => self.handle_events(),
+            Step::Present(Err(reason)) => {
+                // What it had to say before it ended.
+                self.handle_events();
+                self.failed(reason);
+            }
+            Step::MoveDue => self.begin_move(),
+            Step::Dialled(Ok(link)) => {
+                self.next = Some(Next::LoggingIn(Box::new(self.log_in(link, now()))));
+            }
+            Step::Dialled(Err(error)) => self.move_failed(&error.to_string()),
+            Step::LoggingIn(Err(reason)) => {
+                if let Some(Next::LoggingIn(open)) = &self.next {
+                    self.history.note_failed(now(), &self.reach.region.nodes[open.node].name);
+                }
+                self.move_failed(&reason);
+            }
+            Step::LoggingIn(Ok(())) => self.finish_move(),
+            Step::Former(heard) => {
+                if let Some(former) = &mut self.former {
+                    while let Some(event) = former.open.core.poll_event() {
+                        if let Event::Packet { source, payload } = event {
+                            self.events.push_back(RelayEvent::Packet { source, payload });
+                        }
+                    }
+                }
+                if heard.is_err() {
+                    self.former = None;
+                }
+            }
+        }
+    }
+
+    /// Passes on what the present connection has learnt.
+    fn handle_events(&mut self) {
+        while let State::Connected(open) = &mut self.state
+            && let Some(event) = open.core.poll_event()
+        {
+            match event {
+                Event::Connected { .. } => {
+                    let (node, via, now) = (open.node, open.via, now());
+                    let name = self.reach.region.nodes[node].name.clone();
+                    self.history.note_good(now, &name, via);
+                    self.connected_at = Some(now);
+                    self.restart = None;
+                    let elsewhere = ideal(&self.reach.region) != Some(node);
+                    self.return_at = elsewhere.then(|| now + jittered(self.history.return_after()));
+                    self.events.push_back(RelayEvent::Connected { node: name });
+                }
+                Event::Packet { source, payload } => {
+                    self.events.push_back(RelayEvent::Packet { source, payload });
+                }
+                Event::PeerGone { peer, reason } => self.events.push_back(RelayEvent::PeerGone { peer, reason }),
+                Event::PeerPresent { .. } => {}
+                Event::Health(text) => {
+                    self.health = Some(text.clone()).filter(|text| !text.is_empty());
+                    self.events.push_back(RelayEvent::Health(text));
+                }
+                Event::Restarting { reconnect_in, try_for } => {
+                    let reconnect_in = reconnect_in.min(RESTART_LIMIT);
+                    tracing::info!(region = %self.reach.region.id, ?reconnect_in, "relay is about to restart");
+                    let at = now() + reconnect_in;
+                    self.restart = Some(Restart { at, until: at + try_for.min(RESTART_LIMIT) });
+                    self.history.note_failed(now(), &self.reach.region.nodes[open.node].name);
+                    self.events.push_back(RelayEvent::Restarting { reconnect_in });
+                }
+            }
+        }
+    }
+
+    /// When to make another connection beside the present one.
+    fn move_at(&self) -> Option<Instant> {
+        if self.next.is_some() || self.connected_at.is_none() {
+            return None;
+        }
+        self.restart.map(|restart| restart.at).or(self.return_at)
+    }
+
+    fn begin_move(&mut self) {
+        let order = if self.restart.is_some() {
+            self.history.order(now(), &self.reach.region)
+        } else {
+            self.history.note_return();
+            ideal(&self.reach.region).into_iter().collect()
+        };
+        self.next = Some(Next::Dialling(self.dial(order)));
+    }
+
+    fn move_failed(&mut self, reason: &str) {
+        tracing::debug!(region = %self.reach.region.id, %reason, "no better relay connection yet");
+        self.next = None;
+        match &mut self.restart {
+            Some(restart) if now() < restart.until => restart.at = now() + jittered(RESTART_RETRY),
+            _ => {
+                self.restart = None;
+                self.return_at = Some(now() + jittered(self.history.return_after()));
+            }
+        }
+    }
+
+    /// Replaces the present connection by the next one, if that has been let in.
+    fn finish_move(&mut self) {
+        let Some(Next::LoggingIn(open)) = self.next.take_if(|next| match next {
+            Next::LoggingIn(open) => open.core.is_open(),
+            Next::Dialling(_) => false,
+        }) else {
+            return;
+        };
+        self.forget_health();
+        let before = std::mem::replace(&mut self.state, State::Connected(open));
+        if let State::Connected(open) = before {
+            self.former = Some(Former { open, until: tokio::time::Instant::now() + LINGER });
+        }
+        self.handle_events();
+    }
+
+    fn dialling(&mut self) -> State {
+        self.dialled_at = now();
+        State::Dialling(self.dial(self.history.order(self.dialled_at, &self.reach.region)))
+    }
+
+    fn dial(&self, order: Vec<usize>) -> Dialling {
+        Box::pin(dial::dial_in_order(Arc::clone(&self.reach), order, self.history.clone(), self.timing.login))
+    }
+
+    fn log_in(&self, link: Link, dialled_at: Instant) -> Open {
+        // Connecting and logging in have one budget, of which the login gets a fifth at least.
+        let spent = now().saturating_duration_since(dialled_at).min(self.timing.login * 4 / 5);
+        let timing = Timing { login: self.timing.login - spent, ..self.timing };
+        let core = Connection::new(now(), self.key.clone(), link.relay, self.home, &mut SystemRng).with_timing(timing);
+        Open::new(link, core)
+    }
+
+    /// Forgets everything about the connections there are.
+    fn close(&mut self) {
+        (self.next, self.former, self.connected_at, self.return_at) = (None, None, None, None);
+        self.forget_health();
+    }
+
+    fn forget_health(&mut self) {
+        if self.health.take().is_some() {
+            self.events.push_back(RelayEvent::Health(String::new()));
+        }
     }
 
     fn failed(&mut self, reason: String) {
+        let now = now();
         // A relay that lets clients in and drops them at once must not be asked at full speed.
-        let lasted = self.connected_at.take().map(|at| now().duration_since(at));
-        self.failures =
-            if lasted.is_some_and(|lasted| lasted >= SETTLED) { 0 } else { self.failures.saturating_add(1) };
-        tracing::debug!(region = %self.options.region.id, %reason, "relay connection failed");
-        let wait = backoff(self.failures).mul_f64(0.5 + random_fraction());
-        self.state = State::Waiting(Box::pin(tokio::time::sleep(wait)));
+        let settled = self.connected_at.is_some_and(|at| now.duration_since(at) >= SETTLED);
+        self.failures = if settled { 0 } else { self.failures.saturating_add(1) };
+        if let State::Connected(open) = &self.state {
+            let node = &self.reach.region.nodes[open.node].name;
+            if settled && self.restart.is_none() {
+                self.history.note_good(now, node, open.via);
+            } else if !settled {
+                self.history.note_failed(now, node);
+            }
+            if settled && ideal(&self.reach.region) == Some(open.node) {
+                self.history.note_returned();
+            }
+        }
+        tracing::debug!(region = %self.reach.region.id, %reason, "relay connection failed");
+        let next = self.next.take();
+        self.close();
         self.events.push_back(RelayEvent::Disconnected { reason });
+        self.state = match next {
+            Some(Next::Dialling(dialling)) => {
+                self.dialled_at = now;
+                State::Dialling(dialling)
+            }
+            Some(Next::LoggingIn(open)) => State::Connected(open),
+            None => {
+                let wait = match self.restart {
+                    Some(restart) if now < restart.at => restart.at - now,
+                    Some(restart) if now < restart.until => jittered(RESTART_RETRY),
+                    _ => {
+                        self.restart = None;
+                        jittered(backoff(self.failures))
+                    }
+                };
+                State::Waiting(Box::pin(tokio::time::sleep(wait)))
+            }
+        };
     }
 }
 
@@ -349,70 +530,9 @@ fn backoff(failures: u32) -> Duration {
     Duration::from_millis(10).saturating_mul(failures.saturating_mul(failures)).min(Duration::from_secs(5))
 }
 
-impl Open {
-    /// Does one thing: reads, writes, flushes, or lets time pass.
-    async fn step(&mut self, shared: &Shared, last_sent: &mut Option<Instant>) -> Result<(), String> {
-        self.fill(shared, last_sent);
-        let io = |error: std::io::Error| {
-            // TLS reports an end without farewell this way.
-            let ended = error.kind() == std::io::ErrorKind::UnexpectedEof;
-            if ended { CLOSED.to_owned() } else { format!("connection lost: {error}") }
-        };
-        let deadline = self.core.poll_timeout().map(tokio::time::Instant::from_std);
-        make_room(self.core.read_buffer(), READ_CHUNK);
-        tokio::select! {
-            read = self.reader.read_buf(self.core.read_buffer()) => {
-                if read.map_err(io)? == 0 {
-                    return Err(CLOSED.to_owned());
-                }
-                self.core.handle_buffered(now()).map_err(|error| error.to_string())?;
-            }
-            written = write_some(&mut self.writer, &mut self.out), if !self.out.is_empty() || self.unflushed => {
-                self.unflushed = written.map_err(io)?;
-            }
-            () = shared.ready.notified(), if self.out.is_empty() && self.core.accepts_packets() => {}
-            () = sleep_until(deadline) => self.core.handle_timeout(now()).map_err(|error| error.to_string())?,
-        }
-        Ok(())
-    }
-
-    /// Moves what is to be sent into `out`, up to one batch.
-    fn fill(&mut self, shared: &Shared, last_sent: &mut Option<Instant>) {
-        if !self.out.is_empty() {
-            return;
-        }
-        let mut length = 0;
-        if self.core.accepts_packets() {
-            let (mut queue, at) = (shared.queue(), now());
-            while length < BATCH
-                && let Some(packet) = queue.pop(at)
-            {
-                length += HEADER_LEN + 32 + packet.payload.len();
-                shared.sent.fetch_add(1, Ordering::Relaxed);
-                shared.sent_bytes.fetch_add(packet.payload.len() as u64, Ordering::Relaxed);
-                *last_sent = Some(at);
-                self.core.send(at, packet.node, packet.payload);
-            }
-        }
-        while let Some(bytes) = self.core.poll_transmit() {
-            if self.out.is_empty() {
-                self.out = bytes.try_into_mut().unwrap_or_else(|bytes| BytesMut::from(&bytes[..]));
-            } else {
-                self.out.extend_from_slice(&bytes);
-            }
-        }
-    }
-}
-
-/// Writes some of `out`, or flushes if there is none; says whether a flush is still due. Safe to cancel.
-pub(crate) async fn write_some(writer: &mut WriteHalf<Rewind<Transport>>, out: &mut BytesMut) -> std::io::Result<bool> {
-    if out.is_empty() {
-        return writer.flush().await.map(|()| false);
-    }
-    match writer.write_buf(out).await? {
-        0 => Err(std::io::ErrorKind::WriteZero.into()),
-        _ => Ok(true),
-    }
+/// Half as long, or half as long again, or anything in between.
+fn jittered(wait: Duration) -> Duration {
+    wait.mul_f64(0.5 + random_fraction())
 }
 
 pub(crate) async fn sleep_until(deadline: Option<tokio::time::Instant>) {
@@ -423,12 +543,5 @@ pub(crate) async fn sleep_until(deadline: Option<tokio::time::Instant>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waiting_grows_with_the_square_of_failures_up_to_five_seconds() {
-        let millis: Vec<u128> = [0, 1, 2, 10, 22, 23, 1_000_000].map(|n| backoff(n).as_millis()).to_vec();
-        assert_eq!(millis, [0, 10, 40, 1000, 4840, 5000, 5000]);
-    }
-}
+#[cfg(feature = "server")]
+mod tests;

@@ -160,7 +160,7 @@ async fn open(
     tls: Option<Arc<ServerConfig>>,
     timing: Timing,
 ) -> io::Result<Option<Incoming>> {
-    super::tune(&stream);
+    super::tune(&stream, super::SERVER_PATIENCE);
     let local_addr = stream.local_addr()?;
     let mut transport = tokio::time::timeout(timing.handshake, secure(stream, tls)).await??;
     let head = tokio::time::timeout(timing.head, read_request_head(&mut transport)).await??;

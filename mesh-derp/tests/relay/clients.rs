@@ -4,6 +4,7 @@ use bytes::Bytes;
 use mesh_derp::driver::client::{RelayEvent, latency_check};
 use mesh_derp::frame::{Frame, GoneReason};
 use mesh_derp::map::DerpNode;
+use mesh_derp::proxy::Proxies;
 use mesh_derp::tls::{ClientTls, ServerTls};
 use mesh_noise::key::NodePublic;
 
@@ -214,6 +215,6 @@ async fn a_client_of_tls_1_2_takes_the_slow_start() {
 #[tokio::test]
 async fn latency_is_measured_over_tls() {
     let relay = TestRelay::start().await;
-    let latency = latency_check(&relay.region(), &trusting()).await.unwrap();
+    let latency = latency_check(&relay.region(), &trusting(), &Proxies::none()).await.unwrap();
     assert!(latency > std::time::Duration::ZERO && latency < PATIENCE, "{latency:?}");
 }

@@ -4,10 +4,13 @@
 mod attacks;
 mod checklist;
 mod clients;
+mod dialling;
 mod faults;
 mod harness;
 mod http;
 mod limits;
+mod moving;
 mod overload;
+mod proxy;
 mod region;
 mod websocket;

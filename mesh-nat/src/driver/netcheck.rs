@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use mesh_derp::driver::client::latency_check;
 use mesh_derp::map::{DerpMap, DerpRegion, FamilyAddress, RegionId};
+use mesh_derp::proxy::Proxies;
 use mesh_derp::tls::ClientTls;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
@@ -27,14 +28,15 @@ enum Finding {
     Portal(Option<bool>),
 }
 
-/// Makes one full report about `map`, trusting relays' certificates as `tls` says.
+/// Makes one full report about `map`, trusting relays' certificates as `tls` says. Where UDP is blocked, relays are measured
+/// through the proxy that `proxies` name.
 ///
 /// Takes little longer than two round trips to the farthest of the three nearest regions, less than a second where UDP
 /// is blocked, never over 1.5 s.
-pub async fn netcheck_once(map: DerpMap, tls: &ClientTls) -> Report {
+pub async fn netcheck_once(map: DerpMap, tls: &ClientTls, proxies: &Proxies) -> Report {
     netcheck_with(map, |region| {
-        let tls = tls.clone();
-        async move { latency_check(&region, &tls).await.ok() }
+        let (tls, proxies) = (tls.clone(), proxies.clone());
+        async move { latency_check(&region, &tls, &proxies).await.ok() }
     })
     .await
 }

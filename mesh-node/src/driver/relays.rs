@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use mesh_derp::driver::client::{Options, Outbox, RelayClient, RelayEvent};
 use mesh_derp::map::{DerpMap, DerpRegion, RegionId};
+use mesh_derp::proxy::Proxies;
 use mesh_derp::tls::ClientTls;
 use mesh_noise::key::{NodePrivate, NodePublic};
 use tokio::sync::{mpsc, watch};
@@ -67,6 +68,7 @@ impl Drop for Running {
 pub(super) struct RelaySet {
     key: NodePrivate,
     tls: ClientTls,
+    proxies: Proxies,
     map: Arc<DerpMap>,
     plan: RelayPlan,
     running: BTreeMap<RegionId, Running>,
@@ -78,13 +80,13 @@ pub(super) struct RelaySet {
 impl RelaySet {
     pub(super) fn new(
         key: NodePrivate,
-        tls: ClientTls,
+        (tls, proxies): (ClientTls, Proxies),
         sender: RelaySender,
         dataplane: Arc<Dataplane>,
         events: mpsc::Sender<(RegionId, RelayEvent)>,
     ) -> Self {
         let running = BTreeMap::new();
-        Self { key, tls, map: Arc::default(), plan: RelayPlan::default(), running, sender, dataplane, events }
+        Self { key, tls, proxies, map: Arc::default(), plan: RelayPlan::default(), running, sender, dataplane, events }
     }
 
     /// Logs in anew everywhere, under another key.
@@ -138,6 +140,7 @@ impl RelaySet {
             let Some(region) = self.map.regions.get(id).filter(|_| !self.running.contains_key(id)) else { continue };
             let is_home = self.plan.home == Some(*id);
             let mut options = Options::new(region.clone(), self.key.clone(), self.tls.clone());
+            options.proxies = self.proxies.clone();
             options.home = is_home;
             let client = RelayClient::new(options);
             outboxes.insert(*id, client.outbox());

@@ -15,6 +15,7 @@ use mesh_control::netmap::Netmap;
 use mesh_control::wire::Hostinfo;
 use mesh_derp::driver::client::RelayEvent;
 use mesh_derp::map::RegionId;
+use mesh_derp::proxy::Proxies;
 use mesh_derp::tls::ClientTls;
 use mesh_nat::agent::PingId;
 use mesh_nat::disco::message::AllocateResponse;
@@ -69,6 +70,7 @@ pub(crate) struct Session {
     jobs: mpsc::Receiver<Job>,
     job_sender: mpsc::Sender<Job>,
     tls: ClientTls,
+    proxies: Proxies,
     pub(super) netmap: Option<Arc<Netmap>>,
     map: Arc<MapView>,
     state: NodeState,
@@ -137,7 +139,9 @@ impl Session {
         let (job_sender, jobs) = mpsc::channel(JOB_QUEUE);
         let relay_sender = driver.relay_sender.clone();
         let dataplane = driver.plane.dataplane();
-        let relays = RelaySet::new(node_key, tls.clone(), relay_sender.clone(), dataplane, events);
+        let proxies = driver.fixed.relay_proxies.clone();
+        let way = (tls.clone(), proxies.clone());
+        let relays = RelaySet::new(node_key, way, relay_sender.clone(), dataplane, events);
         Ok(Self {
             engine,
             control: ControlTask::spawn(control),
@@ -150,6 +154,7 @@ impl Session {
             jobs,
             job_sender,
             tls,
+            proxies,
             netmap: None,
             map: Arc::default(),
             state: NodeState::STARTING,

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use mesh_derp::proxy::Proxies;
 use mesh_derp::tls::ClientTls;
 use mesh_noise::random::SystemRng;
 use mesh_noise::wireguard::Timing;
@@ -65,6 +66,7 @@ pub struct Builder {
     no_port_guessing: bool,
     socks5: Option<SocketAddr>,
     http_proxy: Option<SocketAddr>,
+    relay_proxies: Option<Proxies>,
     path_mode: Option<PathMode>,
     refuse_inbound: bool,
     relay_server_port: Option<u16>,
@@ -192,6 +194,16 @@ impl Builder {
         self
     }
 
+    /// Through which HTTP proxy the node reaches relays. Default: what `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` say (see
+    /// [`mesh_derp::proxy`]); if they name no proxy that can be used, a warning says so and relays are reached directly.
+    ///
+    /// The coordinator is always reached directly.
+    #[must_use]
+    pub fn relay_proxies(mut self, proxies: Proxies) -> Self {
+        self.relay_proxies = Some(proxies);
+        self
+    }
+
     /// Which paths may be used. Default: what was stored last, at first [`PathMode::Auto`].
     #[must_use]
     pub fn path_mode(mut self, mode: PathMode) -> Self {
@@ -260,6 +272,12 @@ impl Builder {
             None => ClientTls::system(),
         };
         let relay_tls = relay_tls.map_err(|error| Error::Tls(error.to_string()))?;
+        let relay_proxies = self.relay_proxies.clone().unwrap_or_else(|| {
+            Proxies::from_environment().unwrap_or_else(|error| {
+                tracing::warn!(%error, "no proxy is used for relays");
+                Proxies::none()
+            })
+        });
         let clock = Clock::start();
         let sockets = Sockets::bind(self.port)?;
         self.check_proxies()?;
@@ -285,6 +303,7 @@ impl Builder {
         let fixed = Fixed {
             machine,
             relay_tls,
+            relay_proxies,
             static_endpoints: self.static_endpoints.clone(),
             peer_relay_addresses: self.relay_server_endpoints.clone(),
             loopback_endpoints: self.loopback_endpoints,

@@ -1,27 +1,30 @@
-//! Reaching a relay: name, TCP, TLS, HTTP.
+//! Reaching a relay of a region: [`Dialling`] says what to try when, and here it is done.
 
+use std::collections::BTreeMap;
+use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use mesh_noise::key::RelayPublic;
-use rustls::ProtocolVersion;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
+use tokio::task::JoinSet;
 
-use super::super::stream::{Rewind, Transport};
-use super::super::{now, tune};
-use crate::map::{DerpNode, DerpRegion, FamilyAddress};
-use crate::tls::{ClientTls, TlsError, server_name};
-use crate::upgrade::{self, HttpError, ResponseHead};
-use crate::x509;
+use super::sleep_until;
+use crate::client::dialling::{Action, Attempt, Dialling, History};
+use crate::driver::now;
+use crate::driver::stream::Transport;
+use crate::map::DerpRegion;
+use crate::proxy::Proxies;
+use crate::tls::{ClientTls, TlsError};
+use crate::upgrade::HttpError;
+use crate::websocket::WebSocketError;
 
-/// For one TCP connection.
-const TCP_TIMEOUT: Duration = Duration::from_millis(1500);
-/// For everything, from looking up the name to the relay's answer, at one node.
-const NODE_TIMEOUT: Duration = Duration::from_secs(10);
+mod stages;
+
+pub(crate) use stages::Link;
+use stages::{connect, look_up, measure, open};
+
+/// For a measurement, connecting included.
+const MEASURE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why no relay of a region could be reached.
 #[derive(Debug, thiserror::Error)]
@@ -83,51 +86,95 @@ pub enum DialError {
         /// The one that was needed.
         expected: u16,
     },
+    /// The answer to a request for a WebSocket is something else.
+    #[error("{host}: {source}")]
+    WebSocket {
+        /// The relay.
+        host: String,
+        /// What is wrong.
+        source: WebSocketError,
+    },
+    /// The proxy wants to know who we are.
+    #[error(
+        "proxy {proxy} wants a user name and password (407): put them into its URL, http://user:password@host:port"
+    )]
+    ProxyWantsLogin {
+        /// The proxy.
+        proxy: String,
+    },
+    /// The proxy knows who we are, and does not like it.
+    #[error("proxy {proxy} refuses the user name and password that its URL holds (407)")]
+    ProxyRefusesLogin {
+        /// The proxy.
+        proxy: String,
+    },
+    /// The proxy makes no tunnel to the relay.
+    #[error("proxy {proxy}: answered {status} and not 200 when asked for {host}")]
+    ProxyRefused {
+        /// The proxy.
+        proxy: String,
+        /// The status code.
+        status: u16,
+        /// The relay.
+        host: String,
+    },
     /// It took too long.
-    #[error("{host}: no relay connection within {} s", NODE_TIMEOUT.as_secs())]
+    #[error("{host}: no relay connection in time")]
     Timeout {
         /// The relay.
         host: String,
     },
+    /// Several relays were tried, and each failed in its own way.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Each(Vec<DialError>),
 }
 
-/// A stream on which frames begin.
-pub(crate) struct Link {
-    pub(crate) node: String,
-    pub(crate) stream: Rewind<Transport>,
-    /// The relay's key, where TLS has told it.
-    pub(crate) relay: Option<RelayPublic>,
-    /// What has to be sent before the first frame.
-    pub(crate) first: Vec<u8>,
+/// How frames travel once a relay has been reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Carriage {
+    /// As they are; inside WebSocket messages where something answers the request for that with a refusal, as some
+    /// proxies and hosting platforms do that let only WebSocket through.
+    #[default]
+    Automatic,
+    /// Always inside WebSocket messages.
+    WebSocket,
 }
 
-/// Connects to the first relay of the region that works, in the map's order.
+/// Where to connect to, and how.
+#[derive(Debug, Clone)]
+pub(super) struct Reach {
+    pub(super) region: DerpRegion,
+    pub(super) tls: ClientTls,
+    pub(super) proxies: Proxies,
+    pub(super) carriage: Carriage,
+}
+
+/// For everything, from looking up a name to the relay's answer.
+#[cfg(feature = "server")]
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connects to the relay of the region that is first to be reached, the map's first by preference, without a proxy.
+#[cfg(feature = "server")]
 pub(crate) async fn dial(region: DerpRegion, tls: ClientTls) -> Result<Link, DialError> {
-    let preferred = region.nodes.first().map(|node| node.name.clone());
-    let mut last = DialError::NoRelay;
-    for node in region.relays() {
-        let ideal = preferred.as_deref().filter(|name| *name != node.name);
-        match timeout(NODE_TIMEOUT, upgrade_to(node, &tls, ideal)).await {
-            Ok(Ok(link)) => return Ok(link),
-            Ok(Err(error)) => last = error,
-            Err(_) => last = DialError::Timeout { host: node.host_name.clone() },
-        }
-    }
-    Err(last)
+    let history = History::default();
+    let order = history.order(now(), &region);
+    let reach = Reach { region, tls, proxies: Proxies::none(), carriage: Carriage::default() };
+    dial_in_order(Arc::new(reach), order, history, TIMEOUT).await
 }
 
-async fn upgrade_to(node: &DerpNode, tls: &ClientTls, ideal: Option<&str>) -> Result<Link, DialError> {
-    let (mut transport, relay) = connect(node, tls).await?;
-    let request = upgrade::request(&host_header(node, tls), relay.is_some(), ideal);
-    let name = node.name.clone();
-    if relay.is_some() {
-        return Ok(Link { node: name, stream: Rewind::new(Bytes::new(), transport), relay, first: request });
-    }
-    let (head, rest) = ask(&mut transport, node, &request).await?;
-    if head.status != 101 {
-        return Err(DialError::Refused { host: node.host_name.clone(), status: head.status, expected: 101 });
-    }
-    Ok(Link { node: name, stream: Rewind::new(rest, transport), relay: None, first: Vec::new() })
+/// Connects to the relay of the region that is first to be reached, trying these in this order.
+pub(super) async fn dial_in_order(
+    reach: Arc<Reach>,
+    order: Vec<usize>,
+    history: History,
+    budget: Duration,
+) -> Result<Link, DialError> {
+    let by_proxy = |node: &_| reach.proxies.for_node(node).is_some();
+    let dialling = Dialling::with_order(now(), &reach.region, &order, &history, by_proxy, budget);
+    let history = Arc::new(history);
+    round(&reach, dialling, |attempt, transport| open(Arc::clone(&reach), Arc::clone(&history), attempt, transport))
+        .await
 }
 
 /// Measures how long a relay of the region takes to answer a small request over an established connection.
@@ -136,114 +183,88 @@ async fn upgrade_to(node: &DerpNode, tls: &ClientTls, ideal: Option<&str>) -> Re
 ///
 /// # Errors
 /// If no relay of the region answers.
-pub async fn latency_check(region: &DerpRegion, tls: &ClientTls) -> Result<Duration, DialError> {
-    let mut last = DialError::NoRelay;
-    for node in region.relays() {
-        match timeout(Duration::from_secs(5), measure(node, tls)).await {
-            Ok(Ok(latency)) => return Ok(latency),
-            Ok(Err(error)) => last = error,
-            Err(_) => last = DialError::Timeout { host: node.host_name.clone() },
-        }
-    }
-    Err(last)
+pub async fn latency_check(region: &DerpRegion, tls: &ClientTls, proxies: &Proxies) -> Result<Duration, DialError> {
+    let (region, tls, proxies) = (region.clone(), tls.clone(), proxies.clone());
+    let reach = Arc::new(Reach { region, tls, proxies, carriage: Carriage::default() });
+    let by_proxy = |node: &_| reach.proxies.for_node(node).is_some();
+    let dialling = Dialling::new(now(), &reach.region, &History::default(), by_proxy, MEASURE_TIMEOUT);
+    round(&reach, dialling, |attempt, transport| measure(Arc::clone(&reach), attempt, transport)).await
 }
 
-async fn measure(node: &DerpNode, tls: &ClientTls) -> Result<Duration, DialError> {
-    let (mut transport, _) = connect(node, tls).await?;
-    let request =
-        format!("GET /derp/latency-check HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", host_header(node, tls));
-    let before = now();
-    let (head, _) = ask(&mut transport, node, request.as_bytes()).await?;
-    let latency = now().duration_since(before);
-    if head.status != 200 {
-        return Err(DialError::Refused { host: node.host_name.clone(), status: head.status, expected: 200 });
-    }
-    Ok(latency)
+/// What a task of a round has come to.
+enum Done<T> {
+    LookedUp(usize, Result<Vec<IpAddr>, DialError>),
+    Connected(Attempt, Result<Transport, DialError>),
+    Finished(Attempt, Result<T, DialError>),
 }
 
-fn host_header(node: &DerpNode, tls: &ClientTls) -> String {
-    let usual = if tls.is_plain() { 80 } else { 443 };
-    let host = &node.host_name;
-    let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.clone() };
-    if node.relay_port() == usual { host } else { format!("{host}:{}", node.relay_port()) }
-}
-
-async fn ask(transport: &mut Transport, node: &DerpNode, request: &[u8]) -> Result<(ResponseHead, Bytes), DialError> {
-    let host = || node.host_name.clone();
-    let io = |source| DialError::Io { host: host(), source };
-    transport.write_all(request).await.map_err(io)?;
-    transport.flush().await.map_err(io)?;
-    let mut bytes = BytesMut::new();
+/// Does what `dialling` says until an attempt has come through `finish`, which gets a connection or a tunnel. Whatever else
+/// is under way then ends.
+async fn round<T, F, Finishing>(reach: &Arc<Reach>, mut dialling: Dialling, finish: F) -> Result<T, DialError>
+where
+    T: Send + 'static,
+    F: Fn(Attempt, Transport) -> Finishing,
+    Finishing: Future<Output = Result<T, DialError>> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    // What became of each node that was tried: nothing yet, or its latest failure.
+    let mut tried: BTreeMap<usize, Option<DialError>> = BTreeMap::new();
     loop {
-        let parsed = upgrade::parse_response(&bytes).map_err(|source| DialError::Http { host: host(), source })?;
-        if let Some((head, len)) = parsed {
-            return Ok((head, bytes.split_off(len).freeze()));
-        }
-        if transport.read_buf(&mut bytes).await.map_err(io)? == 0 {
-            return Err(io(std::io::ErrorKind::UnexpectedEof.into()));
-        }
-    }
-}
-
-/// TCP and, unless plain, TLS. The key is the relay's, if a meta-certificate told it under TLS 1.3.
-async fn connect(node: &DerpNode, tls: &ClientTls) -> Result<(Transport, Option<RelayPublic>), DialError> {
-    let tcp = connect_tcp(node).await?;
-    if tls.is_plain() {
-        return Ok((Transport::Plain(tcp), None));
-    }
-    let config = tls.for_node(node)?;
-    let connector = TlsConnector::from(config);
-    let secured = connector.connect(server_name(&node.host_name)?, tcp.into()).await;
-    let secured = secured.map_err(|source| DialError::Tls { host: node.host_name.clone(), source })?;
-    let session = secured.get_ref().1;
-    let private = session.protocol_version() == Some(ProtocolVersion::TLSv1_3);
-    let shown = session.peer_certificates().unwrap_or_default();
-    let relay = shown.iter().find_map(|certificate| x509::meta(certificate));
-    let relay = relay.filter(|(_, version)| private && *version != 0).map(|(key, _)| key);
-    Ok((Transport::Tls(Box::new(secured.into())), relay))
-}
-
-async fn connect_tcp(node: &DerpNode) -> Result<TcpStream, DialError> {
-    let addresses = addresses(node).await?;
-    let mut last = None;
-    for address in addresses {
-        let connected = timeout(TCP_TIMEOUT, TcpStream::connect(address)).await;
-        match connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
-            Ok(stream) => {
-                tune(&stream);
-                return Ok(stream);
+        while let Some(action) = dialling.poll_action() {
+            let reach = Arc::clone(reach);
+            match action {
+                Action::LookUp { node } => {
+                    tried.entry(node).or_default();
+                    tasks.spawn(async move { Done::LookedUp(node, look_up(&reach.region.nodes[node]).await) });
+                }
+                Action::Connect(attempt) => {
+                    tried.entry(attempt.node).or_default();
+                    tasks.spawn(async move { Done::Connected(attempt, connect(&reach, attempt).await) });
+                }
+                Action::GiveUp => return Err(what_went_wrong(tried, &reach.region)),
             }
-            Err(source) => last = Some(DialError::Tcp { address, source }),
         }
-    }
-    Err(last.unwrap_or_else(|| no_address(node, "none of a usable family")))
-}
-
-fn no_address(node: &DerpNode, reason: &str) -> DialError {
-    DialError::Lookup { host: node.host_name.clone(), reason: reason.to_owned() }
-}
-
-/// Where to connect: what the map says, and what the name gives for families about which it says nothing. IPv4 first.
-async fn addresses(node: &DerpNode) -> Result<Vec<SocketAddr>, DialError> {
-    let (v4, v6) = (node.v4(), node.v6());
-    let mut found: Vec<IpAddr> = Vec::new();
-    if let FamilyAddress::At(ip) = v4 {
-        found.push(ip.into());
-    }
-    if let FamilyAddress::At(ip) = v6 {
-        found.push(ip.into());
-    }
-    let (want_v4, want_v6) = (v4 == FamilyAddress::Lookup, v6 == FamilyAddress::Lookup);
-    if want_v4 || want_v6 {
-        let bare = node.host_name.trim_start_matches('[').trim_end_matches(']');
-        match tokio::net::lookup_host((bare, node.relay_port())).await {
-            Ok(looked_up) => {
-                found.extend(looked_up.map(|a| a.ip()).filter(|ip| if ip.is_ipv4() { want_v4 } else { want_v6 }));
+        let done = tokio::select! {
+            Some(done) = tasks.join_next() => done,
+            () = sleep_until(dialling.poll_timeout().map(Into::into)) => {
+                dialling.handle_timeout(now());
+                continue;
             }
-            Err(error) if found.is_empty() => return Err(no_address(node, &error.to_string())),
-            Err(_) => {}
-        }
+        };
+        let done = done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        let (attempt, error) = match done {
+            Done::LookedUp(node, found) => {
+                let found = found.unwrap_or_else(|error| {
+                    tried.insert(node, Some(error));
+                    Vec::new()
+                });
+                dialling.handle_addresses(now(), node, &found);
+                continue;
+            }
+            Done::Connected(attempt, Ok(transport)) => {
+                if dialling.handle_connected(now(), attempt) {
+                    let finishing = finish(attempt, transport);
+                    tasks.spawn(async move { Done::Finished(attempt, finishing.await) });
+                }
+                continue;
+            }
+            Done::Finished(_, Ok(result)) => return Ok(result),
+            Done::Connected(attempt, Err(error)) | Done::Finished(attempt, Err(error)) => (attempt, error),
+        };
+        tracing::debug!(node = %reach.region.nodes[attempt.node].name, %error, "relay not reached");
+        tried.insert(attempt.node, Some(error));
+        dialling.handle_failure(now(), attempt);
     }
-    found.sort_by_key(IpAddr::is_ipv6);
-    Ok(found.into_iter().map(|ip| SocketAddr::new(ip, node.relay_port())).collect())
+}
+
+fn what_went_wrong(tried: BTreeMap<usize, Option<DialError>>, region: &DerpRegion) -> DialError {
+    let host = |node: usize| region.nodes[node].host_name.clone();
+    let named =
+        |(node, error): (usize, Option<DialError>)| error.unwrap_or_else(|| DialError::Timeout { host: host(node) });
+    let mut errors: Vec<DialError> = tried.into_iter().map(named).collect();
+    match errors.len() {
+        0 => DialError::NoRelay,
+        1 => errors.remove(0),
+        _ => DialError::Each(errors),
+    }
 }

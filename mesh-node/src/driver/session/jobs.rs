@@ -24,9 +24,9 @@ pub(crate) enum Job {
 impl Session {
     pub(super) fn measure_https(&self, id: RegionId) {
         let Some(region) = self.map.derp.regions.get(&id).cloned() else { return };
-        let tls = self.tls.clone();
+        let (tls, proxies) = (self.tls.clone(), self.proxies.clone());
         self.job(async move {
-            let measured = tokio::time::timeout(JOB_TIMEOUT, latency_check(&region, &tls)).await;
+            let measured = tokio::time::timeout(JOB_TIMEOUT, latency_check(&region, &tls, &proxies)).await;
             let latency = measured.ok().and_then(Result::ok);
             Job::Https(id, latency.map(|latency| (latency, likely_family(&region))))
         });
