@@ -6,13 +6,8 @@
 //! [`Outbox`] is where packets go in, from any thread; what is put in while there is no connection waits, newest first
 //! served by displacing the oldest.
 //!
-//! # Moving
-//! A second connection is made beside one that works, which is given up once the second has been let in, in two cases:
-//! - The relay says that it will restart. It is obeyed at the time it names, which spreads its clients out, and another
-//!   relay of the region is preferred. Should the relay be gone before that, the client waits for that time all the same.
-//! - The connection is to another relay than the region's first. That one is tried after 30 s, then ever less often.
-//!
-//! The older connection is read for a second more, since packets may be on their way through it, and not written to.
+//! While connected it moves to another relay of the region without a gap when its own announces a restart, and when the
+//! region's first relay is back.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -34,6 +29,7 @@ use crate::queue::Depth;
 use crate::tls::ClientTls;
 
 mod dial;
+mod moving;
 mod open;
 mod outbox;
 
@@ -41,6 +37,7 @@ pub use dial::{Carriage, DialError, latency_check};
 use dial::{Link, Reach};
 #[cfg(feature = "server")]
 pub(crate) use dial::{Link as Dialled, dial};
+use moving::{Former, Next, RESTART_RETRY, Restart};
 use open::Open;
 #[cfg(feature = "server")]
 pub(crate) use open::write_some;
@@ -130,27 +127,6 @@ enum State {
     Connected(Box<Open>),
 }
 
-/// A connection in the making, beside one that works.
-enum Next {
-    Dialling(Dialling),
-    LoggingIn(Box<Open>),
-}
-
-/// A connection that has been replaced.
-struct Former {
-    open: Box<Open>,
-    until: tokio::time::Instant,
-}
-
-/// What a relay has said about its restart.
-#[derive(Debug, Clone, Copy)]
-struct Restart {
-    /// When to connect anew.
-    at: Instant,
-    /// Until when to try again quickly.
-    until: Instant,
-}
-
 /// One node's connection to a region. See the [module doc](self).
 pub struct RelayClient {
     reach: Arc<Reach>,
@@ -184,13 +160,6 @@ impl std::fmt::Debug for RelayClient {
 const SETTLED: Duration = Duration::from_secs(5);
 /// How soon a relay has to answer after the network has changed.
 const CHECK_PATIENCE: Duration = Duration::from_secs(1);
-/// How long a connection that has been replaced is still read.
-const LINGER: Duration = Duration::from_secs(1);
-/// The longest time for which a relay that restarts may keep its clients waiting, and trying in a hurry.
-const RESTART_LIMIT: Duration = Duration::from_secs(30);
-/// Between attempts at a relay that restarts, before jitter.
-const RESTART_RETRY: Duration = Duration::from_millis(200);
-
 /// What was done while connected.
 enum Step {
     Present(Result<(), String>),
@@ -393,66 +362,13 @@ impl RelayClient {
                 }
                 Event::PeerGone { peer, reason } => self.events.push_back(RelayEvent::PeerGone { peer, reason }),
                 Event::PeerPresent { .. } => {}
+                Event::Restarting { reconnect_in, try_for } => self.note_restart(reconnect_in, try_for),
                 Event::Health(text) => {
                     self.health = Some(text.clone()).filter(|text| !text.is_empty());
                     self.events.push_back(RelayEvent::Health(text));
                 }
-                Event::Restarting { reconnect_in, try_for } => {
-                    let reconnect_in = reconnect_in.min(RESTART_LIMIT);
-                    tracing::info!(region = %self.reach.region.id, ?reconnect_in, "relay is about to restart");
-                    let at = now() + reconnect_in;
-                    self.restart = Some(Restart { at, until: at + try_for.min(RESTART_LIMIT) });
-                    self.history.note_failed(now(), &self.reach.region.nodes[open.node].name);
-                    self.events.push_back(RelayEvent::Restarting { reconnect_in });
-                }
             }
         }
-    }
-
-    /// When to make another connection beside the present one.
-    fn move_at(&self) -> Option<Instant> {
-        if self.next.is_some() || self.connected_at.is_none() {
-            return None;
-        }
-        self.restart.map(|restart| restart.at).or(self.return_at)
-    }
-
-    fn begin_move(&mut self) {
-        let order = if self.restart.is_some() {
-            self.history.order(now(), &self.reach.region)
-        } else {
-            self.history.note_return();
-            ideal(&self.reach.region).into_iter().collect()
-        };
-        self.next = Some(Next::Dialling(self.dial(order)));
-    }
-
-    fn move_failed(&mut self, reason: &str) {
-        tracing::debug!(region = %self.reach.region.id, %reason, "no better relay connection yet");
-        self.next = None;
-        match &mut self.restart {
-            Some(restart) if now() < restart.until => restart.at = now() + jittered(RESTART_RETRY),
-            _ => {
-                self.restart = None;
-                self.return_at = Some(now() + jittered(self.history.return_after()));
-            }
-        }
-    }
-
-    /// Replaces the present connection by the next one, if that has been let in.
-    fn finish_move(&mut self) {
-        let Some(Next::LoggingIn(open)) = self.next.take_if(|next| match next {
-            Next::LoggingIn(open) => open.core.is_open(),
-            Next::Dialling(_) => false,
-        }) else {
-            return;
-        };
-        self.forget_health();
-        let before = std::mem::replace(&mut self.state, State::Connected(open));
-        if let State::Connected(open) = before {
-            self.former = Some(Former { open, until: tokio::time::Instant::now() + LINGER });
-        }
-        self.handle_events();
     }
 
     fn dialling(&mut self) -> State {

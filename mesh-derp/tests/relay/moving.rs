@@ -1,9 +1,11 @@
 //! What a client does when a relay announces something. The relay here is played by hand.
 
+use std::sync::Mutex;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mesh_derp::driver::client::{RelayClient, RelayEvent};
+use mesh_derp::client::Timing;
+use mesh_derp::driver::client::{Options, RelayClient, RelayEvent};
 use mesh_derp::frame::Frame;
 use mesh_derp::login::ServerInfo;
 use mesh_derp::map::{DerpNode, DerpRegion};
@@ -20,11 +22,13 @@ use crate::harness::{Raw, TestRelay, client, event, node_key, relay_key};
 struct Played {
     listener: TcpListener,
     info: ServerInfo,
+    /// The heads of the requests that have come.
+    heads: Mutex<Vec<String>>,
 }
 
 impl Played {
     async fn start(info: ServerInfo) -> Self {
-        Self { listener: TcpListener::bind("127.0.0.1:0").await.unwrap(), info }
+        Self { listener: TcpListener::bind("127.0.0.1:0").await.unwrap(), info, heads: Mutex::default() }
     }
 
     fn node(&self, name: &str, like: &DerpNode) -> DerpNode {
@@ -35,7 +39,8 @@ impl Played {
     /// Lets the next client in.
     async fn accept(&self) -> Raw<TcpStream> {
         let mut raw = Raw::new(self.listener.accept().await.unwrap().0);
-        raw.read_head().await;
+        let head = raw.read_head().await;
+        self.heads.lock().unwrap().push(head);
         let mut greeting = upgrade::accepted(&relay_key().public());
         greeting.extend_from_slice(&Frame::ServerKey(relay_key().public()).to_bytes());
         raw.write(&greeting).await;
@@ -141,4 +146,40 @@ async fn a_limit_that_the_relay_names_is_kept_to_and_the_rest_waits_in_the_outbo
     // 65,568 at once and 50,000 in the second, and one packet on credit; slower than that only where the machine is.
     assert!((70_000..=117_600).contains(&bytes), "{bytes} bytes in a second");
     assert!(outbox.counters().sent < 120, "{:?}", outbox.counters());
+}
+
+#[tokio::test]
+async fn only_another_relay_than_the_first_hears_which_one_would_be_better() {
+    let played = Played::start(ServerInfo::default()).await;
+    let mut region = region(&played, None, TestRelay::start().await.region());
+    drop(played.connect(&mut client(region.clone(), ClientTls::plain(), 1)).await);
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    region.nodes.insert(0, DerpNode { name: "900gone".into(), derp_port: gone, ..region.nodes[0].clone() });
+    region.nodes.insert(0, DerpNode { name: "900stun".into(), stun_only: true, ..region.nodes[0].clone() });
+    drop(played.connect(&mut client(region, ClientTls::plain(), 1)).await);
+    let heads = played.heads.lock().unwrap();
+    assert!(!heads[0].contains("Ideal-Node"), "{}", heads[0]);
+    assert!(heads[1].contains("Ideal-Node: 900gone\r\n"), "{}", heads[1]);
+}
+
+#[tokio::test]
+async fn a_relay_that_falls_silent_within_a_transfer_is_left_after_its_ping() {
+    let (played, relay) = (Played::start(ServerInfo::default()).await, TestRelay::start().await);
+    let mut options = Options::new(region(&played, Some(&relay), relay.region()), node_key(1), ClientTls::plain());
+    options.timing =
+        Timing { ping_after: Duration::from_millis(400), pong_within: Duration::from_millis(300), ..Timing::default() };
+    let mut client = RelayClient::new(options);
+    let _silent = played.connect(&mut client).await;
+    client.outbox().try_send(node_key(1).public(), Bytes::from_static(b"lost"));
+    let sent = Instant::now();
+    let RelayEvent::Disconnected { reason } = event(&mut client).await else { panic!() };
+    assert!(reason.starts_with("relay silent for "), "{reason}");
+    let silent = sent.elapsed();
+    assert!(silent >= Duration::from_millis(700) && silent < Duration::from_secs(2), "{silent:?}");
+    // It still accepts TCP, as does a machine whose relay is stuck, and would hold the client up.
+    let moved = event(&mut client).await;
+    let took = sent.elapsed() - silent;
+    eprintln!("relay silent: given up after {silent:?}, on the other one {took:?} later");
+    assert!(matches!(&moved, RelayEvent::Connected { node } if node == "900a"), "{moved:?}");
+    assert!(took < Duration::from_millis(900), "{took:?}");
 }

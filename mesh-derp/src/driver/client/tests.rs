@@ -1,3 +1,4 @@
+use super::moving::LINGER;
 use super::*;
 use crate::driver::listener::Acceptor;
 use crate::driver::server::{Config, RelayServer};
