@@ -122,6 +122,8 @@ pub enum RelayEvent {
 type Dialling = Pin<Box<dyn Future<Output = Result<Link, DialError>> + Send>>;
 
 enum State {
+    /// Not asked for anything yet.
+    Idle,
     Waiting(Pin<Box<tokio::time::Sleep>>),
     Dialling(Dialling),
     Connected(Box<Open>),
@@ -181,7 +183,7 @@ impl RelayClient {
             home,
             timing,
             outbox: Outbox::new(queue),
-            state: State::Waiting(Box::pin(tokio::time::sleep(Duration::ZERO))),
+            state: State::Idle,
             next: None,
             former: None,
             return_at: None,
@@ -244,7 +246,7 @@ impl RelayClient {
     pub fn check(&mut self) {
         match &mut self.state {
             State::Connected(open) => open.core.check(now(), CHECK_PATIENCE),
-            State::Waiting(_) | State::Dialling(_) => self.reconnect(),
+            State::Idle | State::Waiting(_) | State::Dialling(_) => self.reconnect(),
         }
     }
 
@@ -262,6 +264,7 @@ impl RelayClient {
                 return event;
             }
             match &mut self.state {
+                State::Idle => self.state = self.dialling(),
                 State::Waiting(sleep) => {
                     sleep.as_mut().await;
                     self.state = self.dialling();

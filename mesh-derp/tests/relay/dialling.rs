@@ -180,13 +180,9 @@ async fn who_comes_back_goes_to_the_node_that_worked() {
     assert_eq!(asked.load(Ordering::Relaxed), 1, "the first node was not asked again");
 }
 
-#[tokio::test]
-async fn a_relay_that_dies_within_a_transfer_is_replaced_in_well_under_a_second() {
-    let (first, second) = (TestRelay::start().await, TestRelay::start().await);
-    let region = behind(&second, |node| {
-        node.derp_port = first.address.port();
-        node.cert_name = first.pin.clone();
-    });
+/// Sends packets to itself through the first relay of `region`, has that one `die`, and says how long it took from then until
+/// packets came through the other one.
+async fn transfer_across(region: DerpRegion, die: impl FnOnce()) -> Duration {
     let mut a = client(region, trusting(), 1);
     assert_eq!(reached(&mut a).await.0, "900first");
     let (outbox, own) = (a.outbox(), node_key(1).public());
@@ -202,23 +198,67 @@ async fn a_relay_that_dies_within_a_transfer_is_replaced_in_well_under_a_second(
         let event = event(&mut a).await;
         assert!(matches!(event, RelayEvent::Packet { .. }), "{event:?}");
     }
-    drop(first);
-    let (mut died, mut node) = (None, None);
+    die();
+    let (died, mut node) = (Instant::now(), None);
     loop {
         let event = event(&mut a).await;
-        if matches!(event, RelayEvent::Disconnected { .. }) {
-            died = died.or_else(|| Some(Instant::now()));
-        } else if let RelayEvent::Connected { node: reached } = event {
+        if let RelayEvent::Connected { node: reached } = event {
             node = Some(reached);
         } else if node.is_some() && matches!(event, RelayEvent::Packet { .. }) {
             break;
         }
     }
-    let took = died.unwrap().elapsed();
-    eprintln!("relay gone: packets pass through the other one after {took:?}");
-    assert_eq!(node.unwrap(), "900a");
-    assert!(took < Duration::from_millis(900), "{took:?}");
     sending.abort();
+    assert_eq!(node.unwrap(), "900a");
+    died.elapsed()
+}
+
+#[tokio::test]
+async fn a_relay_that_ends_within_a_transfer_is_replaced_in_well_under_a_second() {
+    let (first, second) = (TestRelay::start().await, TestRelay::start().await);
+    let region = behind(&second, |node| {
+        node.derp_port = first.address.port();
+        node.cert_name = first.pin.clone();
+    });
+    let took = transfer_across(region, || drop(first)).await;
+    eprintln!("relay ends: packets pass through the other one {took:?} later");
+    assert!(took < Duration::from_millis(900), "{took:?}");
+}
+
+const RELAY_PROCESS: &str = "MESH_DERP_TEST_RELAY_PROCESS";
+
+/// No test, but the relay that the next one starts as a process: it writes its port and pin into the file that it is given.
+#[tokio::test]
+async fn relay_process() {
+    let Some(file) = std::env::var_os(RELAY_PROCESS) else { return };
+    let relay = TestRelay::start().await;
+    let unfinished = std::path::Path::new(&file).with_extension("part");
+    std::fs::write(&unfinished, format!("{} {}", relay.address.port(), relay.pin)).unwrap();
+    std::fs::rename(unfinished, file).unwrap();
+    // Nobody waits for it if the test ends early.
+    tokio::time::sleep(Duration::from_secs(60)).await;
+}
+
+#[tokio::test]
+async fn a_relay_that_is_killed_within_a_transfer_is_replaced_in_well_under_a_second() {
+    let (second, dir) = (TestRelay::start().await, tempfile::tempdir().unwrap());
+    let file = dir.path().join("relay");
+    let mut first = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "dialling::relay_process", "--quiet"])
+        .env(RELAY_PROCESS, &file)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let told = eventually("a relay", || std::fs::read_to_string(&file).ok()).await;
+    let (port, pin) = told.split_once(' ').unwrap();
+    let region = behind(&second, |node| {
+        node.derp_port = port.parse().unwrap();
+        node.cert_name = pin.to_owned();
+    });
+    let took = transfer_across(region, || first.kill().unwrap()).await;
+    first.wait().unwrap();
+    eprintln!("relay killed with SIGKILL: packets pass through the other one {took:?} later");
+    assert!(took < Duration::from_millis(900), "{took:?}");
 }
 
 #[tokio::test]

@@ -61,3 +61,13 @@ fn waiting_grows_with_the_square_of_failures_up_to_five_seconds() {
     let millis: Vec<u128> = [0, 1, 2, 10, 22, 23, 1_000_000].map(|n| backoff(n).as_millis()).to_vec();
     assert_eq!(millis, [0, 10, 40, 1000, 4840, 5000, 5000]);
 }
+
+#[test]
+fn a_client_can_be_made_before_there_is_a_runtime() {
+    let region = DerpRegion::new(RegionId::new(900).unwrap(), "t", "T");
+    let key = NodePrivate::generate(&mut SystemRng);
+    let mut client = RelayClient::new(Options::new(region, key, ClientTls::plain()));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let event = runtime.block_on(client.next_event());
+    assert!(matches!(&event, RelayEvent::Disconnected { reason } if reason == "region has no relay"), "{event:?}");
+}
