@@ -36,6 +36,8 @@ const KEEP_ALIVE_SPREAD: Duration = Duration::from_secs(5);
 const BRIEF: Duration = Duration::from_millis(20);
 /// How long another relay of the region may take no byte, at least: a pause of its is no reason to part.
 const RELAY_STALL: Duration = Duration::from_secs(30);
+/// So little room is not worth another read.
+const SHORT: usize = 2 * 1024;
 /// Receivers that a connection remembers having given a packet to.
 const MAX_GIVEN: usize = 16 * 1024;
 
@@ -290,34 +292,39 @@ impl Session {
             let Poll::Ready(permit) = awaited.as_mut().poll(cx) else { return Ok(false) };
             self.reading = permit.map_or(Reading::Free, Reading::Turn);
         }
-        loop {
-            let mut unit = slab::take();
-            unit.extend_from_slice(self.core.read_buffer());
-            let room = slab::UNIT.saturating_sub(unit.len()).max(slab::UNIT / 2);
-            unit.reserve(room);
-            let read = std::pin::pin!(self.stream.read_buf(&mut (&mut unit).limit(room))).poll(cx);
-            let Poll::Ready(read) = read else {
-                slab::give_back(unit);
-                self.reading = Reading::Free;
-                return Ok(false);
-            };
-            let read = read?;
-            if read == 0 {
-                return Err(Ended::Closed);
+        let mut unit = slab::take();
+        unit.extend_from_slice(self.core.read_buffer());
+        let mut room = slab::UNIT.saturating_sub(unit.len()).max(slab::UNIT / 2);
+        unit.reserve(room);
+        // A stream may hand out what it has in small pieces.
+        let end = loop {
+            match std::pin::pin!(self.stream.read_buf(&mut (&mut unit).limit(room))).poll(cx) {
+                Poll::Pending => break Some(Ok(())),
+                Poll::Ready(Ok(0)) => break Some(Err(Ended::Closed)),
+                Poll::Ready(Err(error)) => break Some(Err(error.into())),
+                Poll::Ready(Ok(read)) => room -= read,
             }
+            if room < SHORT {
+                break None;
+            }
+        };
+        if unit.len() == self.core.read_buffer().len() {
+            slab::give_back(unit);
+        } else {
             *self.core.read_buffer() = unit;
             let taken = self.take_frames(at);
             slab::keep_rest(self.core.read_buffer());
             self.paused_until = taken?;
-            if self.paused_until.is_some() {
-                self.registration.server.counters.pauses.add(1);
-                self.reading = Reading::Free;
-                return Ok(false);
-            }
-            // So little is nearly always all there is, and only asking again makes sure to be woken for more.
-            if read >= room / 2 || matches!(self.reading, Reading::Turn(_)) {
-                break;
-            }
+        }
+        if let Some(Err(ended)) = end {
+            return Err(ended);
+        }
+        if self.paused_until.is_some() {
+            self.registration.server.counters.pauses.add(1);
+        }
+        if end.is_some() || self.paused_until.is_some() {
+            self.reading = Reading::Free;
+            return Ok(false);
         }
         // Asked for while the present turn lasts, so that whoever waits already comes first.
         let mut awaited: AwaitedTurn = Box::pin(Arc::clone(turn).acquire_owned());
