@@ -90,9 +90,9 @@ async fn relays_of_the_region_have_no_rate_limit() {
     let mut receiver = relay.raw(&node_key(2)).await;
     let forwarded =
         |payload| Frame::ForwardPacket { source: node_key(3).public(), destination: node_key(2).public(), payload };
-    // A client would need three minutes.
+    // A client would need more than two minutes.
     let taken = time(&mut sender, forwarded, &mut receiver).await;
-    assert!(taken < Duration::from_secs(5), "{taken:?}");
+    assert!(taken < Duration::from_secs(60), "{taken:?}");
     assert_eq!(relay.counters().pauses, 0);
 }
 
