@@ -16,9 +16,10 @@ pub mod listener;
 #[cfg(feature = "server")]
 pub mod server;
 mod stream;
+pub mod tls_stream;
 mod websocket;
 
-pub use stream::{Detached, Duplex, Rewind, Socket, Transport, read_request_head};
+pub use stream::{Detached, Duplex, Rewind, Transport, read_request_head};
 
 /// The one clock of the drivers.
 #[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]

@@ -12,9 +12,9 @@ use bytes::Bytes;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
 
 use super::stream::{Rewind, Transport, read_request_head};
+use super::tls_stream::TlsStream;
 use crate::upgrade::RequestHead;
 
 /// How long a new connection may take, and how many may be on their way at once.
@@ -175,8 +175,8 @@ async fn secure(stream: TcpStream, tls: Option<Arc<ServerConfig>>) -> io::Result
     let is_tls = stream.peek(&mut first).await? == 1 && first[0] == TLS_HANDSHAKE;
     match tls {
         Some(config) if is_tls => {
-            let secured = TlsAcceptor::from(config).accept(stream.into()).await?;
-            Ok(Transport::Tls(Box::new(secured.into())))
+            let (secured, _) = TlsStream::accept(config, stream).await?;
+            Ok(Transport::Tls(Box::new(secured)))
         }
         None if is_tls => Err(io::Error::new(io::ErrorKind::InvalidData, "a TLS client on a port without TLS")),
         Some(_) | None => Ok(Transport::Plain(stream)),

@@ -8,8 +8,8 @@ use std::task::{Context, Poll};
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsStream;
 
+use super::tls_stream::{TlsSession, TlsStream};
 use crate::upgrade::{self, MAX_HEAD_LEN, RequestHead};
 
 /// A byte stream of any kind: what [`Transport::Other`] carries.
@@ -23,7 +23,7 @@ pub enum Transport {
     /// TCP.
     Plain(TcpStream),
     /// TLS over TCP.
-    Tls(Box<TlsStream<Socket>>),
+    Tls(Box<TlsStream<TcpStream>>),
     /// Anything else: WebSocket messages, or a connection that another HTTP server has upgraded.
     Other(Box<dyn Duplex>),
 }
@@ -38,9 +38,9 @@ impl Transport {
     pub fn detach(self) -> io::Result<Detached> {
         Ok(Detached(match self {
             Self::Plain(tcp) => Parked::Plain(tcp.into_std()?),
-            Self::Tls(mut tls) => {
-                let tcp = tls.get_mut().0.0.take().ok_or(io::ErrorKind::NotConnected)?;
-                Parked::Tls(tcp.into_std()?, tls)
+            Self::Tls(tls) => {
+                let (tcp, session) = tls.into_parts();
+                Parked::Tls(tcp.into_std()?, Box::new(session))
             }
             Self::Other(other) => Parked::Other(other),
         }))
@@ -54,7 +54,7 @@ pub struct Detached(Parked);
 #[derive(Debug)]
 enum Parked {
     Plain(std::net::TcpStream),
-    Tls(std::net::TcpStream, Box<TlsStream<Socket>>),
+    Tls(std::net::TcpStream, Box<TlsSession>),
     Other(Box<dyn Duplex>),
 }
 
@@ -66,60 +66,11 @@ impl Detached {
     pub fn attach(self) -> io::Result<Transport> {
         Ok(match self.0 {
             Parked::Plain(tcp) => Transport::Plain(TcpStream::from_std(tcp)?),
-            Parked::Tls(tcp, mut tls) => {
-                tls.get_mut().0.0 = Some(TcpStream::from_std(tcp)?);
-                Transport::Tls(tls)
+            Parked::Tls(tcp, session) => {
+                Transport::Tls(Box::new(TlsStream::from_parts(TcpStream::from_std(tcp)?, *session)))
             }
             Parked::Other(other) => Transport::Other(other),
         })
-    }
-}
-
-/// The TCP connection under TLS; absent while detached.
-#[derive(Debug)]
-pub struct Socket(Option<TcpStream>);
-
-impl From<TcpStream> for Socket {
-    fn from(tcp: TcpStream) -> Self {
-        Self(Some(tcp))
-    }
-}
-
-impl Socket {
-    fn pinned(&mut self) -> io::Result<Pin<&mut TcpStream>> {
-        Ok(Pin::new(self.0.as_mut().ok_or(io::ErrorKind::NotConnected)?))
-    }
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.pinned()?.poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.pinned()?.poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.pinned()?.poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.pinned()?.poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.pinned()?.poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
     }
 }
 

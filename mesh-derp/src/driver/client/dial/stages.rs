@@ -8,14 +8,14 @@ use bytes::{Bytes, BytesMut};
 use mesh_noise::key::RelayPublic;
 use mesh_noise::random::SystemRng;
 use rand_core::Rng as _;
-use rustls::{ClientConnection, ProtocolVersion};
+use rustls::ProtocolVersion;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
 use super::{Carriage, DialError, Reach};
 use crate::client::dialling::{Attempt, History, Target, Via, ideal};
-use crate::driver::stream::{Rewind, Socket, Transport};
+use crate::driver::stream::{Rewind, Transport};
+use crate::driver::tls_stream::{Peer, TlsStream};
 use crate::driver::websocket::WebSocket;
 use crate::driver::{CLIENT_PATIENCE, now, tune};
 use crate::map::DerpNode;
@@ -67,10 +67,9 @@ async fn tunnel(proxy: &Proxy, node: &DerpNode, tls: &ClientTls) -> Result<Trans
     let tcp = tcp.map_err(|source| DialError::Io { host: label(), source })?;
     tune(&tcp, CLIENT_PATIENCE);
     let mut transport = if proxy.is_tls() {
-        let connector = TlsConnector::from(tls.https(&[])?);
-        let secured = connector.connect(server_name(proxy.host())?, Socket::from(tcp)).await;
-        let secured = secured.map_err(|source| DialError::Tls { host: label(), source })?;
-        Transport::Tls(Box::new(secured.into()))
+        let secured = TlsStream::connect(tls.https(&[])?, server_name(proxy.host())?, tcp).await;
+        let (secured, _) = secured.map_err(|source| DialError::Tls { host: label(), source })?;
+        Transport::Tls(Box::new(secured))
     } else {
         Transport::Plain(tcp)
     };
@@ -95,23 +94,19 @@ async fn secure(
     if tls.is_plain() {
         return Ok((transport, None));
     }
-    let connector = TlsConnector::from(tls.for_node(node)?);
-    let name = server_name(&node.host_name)?;
+    let (config, name) = (tls.for_node(node)?, server_name(&node.host_name)?);
     let failed = |source| DialError::Tls { host: node.host_name.clone(), source };
     if let Transport::Plain(tcp) = transport {
-        let secured = connector.connect(name, Socket::from(tcp)).await.map_err(failed)?;
-        let relay = relay_key(secured.get_ref().1);
-        return Ok((Transport::Tls(Box::new(secured.into())), relay));
+        let (secured, peer) = TlsStream::connect(config, name, tcp).await.map_err(failed)?;
+        return Ok((Transport::Tls(Box::new(secured)), relay_key(&peer)));
     }
-    let secured = connector.connect(name, transport).await.map_err(failed)?;
-    let relay = relay_key(secured.get_ref().1);
-    Ok((Transport::Other(Box::new(secured)), relay))
+    let (secured, peer) = TlsStream::connect(config, name, transport).await.map_err(failed)?;
+    Ok((Transport::Other(Box::new(secured)), relay_key(&peer)))
 }
 
-fn relay_key(session: &ClientConnection) -> Option<RelayPublic> {
-    let private = session.protocol_version() == Some(ProtocolVersion::TLSv1_3);
-    let shown = session.peer_certificates().unwrap_or_default();
-    let relay = shown.iter().find_map(|certificate| x509::meta(certificate));
+fn relay_key(peer: &Peer) -> Option<RelayPublic> {
+    let private = peer.version == ProtocolVersion::TLSv1_3;
+    let relay = peer.certificates.iter().find_map(|certificate| x509::meta(certificate));
     relay.filter(|(_, version)| private && *version != 0).map(|(key, _)| key)
 }
 
