@@ -16,8 +16,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -152,7 +152,12 @@ impl ClientTls {
             CertCheck::Name(name) if name == node.host_name => self.trusted(),
             CertCheck::Name(name) => Arc::new(NamedVerifier::new(server_name(&name)?, self.trusted())),
         };
-        self.config(verifier, &[])
+        let mut config = self.config(verifier, &[])?;
+        let relay = Arc::make_mut(&mut config);
+        // The stream takes the keys over. What this configuration could resume ends with it: it serves one connection.
+        relay.enable_secret_extraction = true;
+        relay.resumption = Resumption::disabled();
+        Ok(config)
     }
 
     /// The configuration for an ordinary HTTPS server, verified by its name.

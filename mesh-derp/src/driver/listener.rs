@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use super::stream::{Rewind, Transport, read_request_head};
-use super::tls_stream::TlsStream;
+use super::tls_stream::{self, TlsStream};
 use crate::upgrade::RequestHead;
 
 /// How long a new connection may take, and how many may be on their way at once.
@@ -90,6 +90,7 @@ impl Acceptor {
     /// Takes sockets that already listen.
     #[must_use]
     pub fn from_listeners(listeners: Vec<TcpListener>, tls: Option<Arc<ServerConfig>>) -> Self {
+        let tls = tls.map(tls_stream::lean_config);
         Self { listeners, tls, timing: Timing::default(), underway: JoinSet::new() }
     }
 

@@ -26,9 +26,13 @@ use rustls::{ClientConfig, ProtocolVersion, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 mod handshake;
+#[cfg(test)]
+#[cfg(feature = "server")]
+mod measure;
 mod record;
 mod session;
-#[cfg(all(test, feature = "server"))]
+#[cfg(test)]
+#[cfg(feature = "server")]
 mod tests;
 
 pub use handshake::Peer;
@@ -51,6 +55,17 @@ fn with_scratch<T>(work: impl FnOnce(&mut [u8]) -> T) -> T {
     let result = work(&mut scratch);
     SCRATCH.set(scratch);
     result
+}
+
+/// A server's configuration for many long connections: made fit for [`TlsStream::accept`], and without what would let a
+/// client resume a session. Relay clients never do, and each ticket would cost time and memory.
+#[cfg(feature = "server")]
+pub(crate) fn lean_config(mut config: Arc<ServerConfig>) -> Arc<ServerConfig> {
+    let lean = Arc::make_mut(&mut config);
+    lean.enable_secret_extraction = true;
+    lean.send_tls13_tickets = 0;
+    lean.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config
 }
 
 /// TLS over `IO`. See the [module doc](self).
