@@ -1,7 +1,7 @@
 //! Sockets and clocks: the parts that need tokio.
 //!
 //! [`listener`] accepts connections and reads their HTTP request heads, [`server`] is the relay behind it, [`client`] is
-//! one node's connection to a region.
+//! one node's connection to a region. [`tls_stream`] is what both put between TCP and HTTP.
 
 use std::time::{Duration, Instant};
 

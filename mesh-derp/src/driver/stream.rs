@@ -259,27 +259,48 @@ mod tests {
         assert_eq!(all, "GET /derp HTTP/1.1\r\nUpgrade: DERP\r\n\r\nframes and more");
     }
 
+    #[cfg(feature = "server")]
     #[test]
     fn a_connection_goes_on_in_another_runtime() {
         let runtime = || tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
-        let (there, here) = (runtime(), runtime());
-        let (mut far, detached) = there.block_on(async {
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let mut far = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-            far.write_all(b"second").await.unwrap();
-            let near = Transport::Plain(listener.accept().await.unwrap().0);
-            (far, Rewind::new(Bytes::from_static(b"first, "), near).detach().unwrap())
-        });
-        let read = std::thread::spawn(move || {
-            here.block_on(async {
-                let mut near = detached.attach().unwrap();
-                let mut all = String::new();
-                near.read_to_string(&mut all).await.unwrap();
-                all
-            })
-        });
-        there.block_on(far.shutdown()).unwrap();
-        assert_eq!(read.join().unwrap(), "first, second");
+        for tls in [false, true] {
+            let there = runtime();
+            let (mut far, detached) = there.block_on(async {
+                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let far = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+                let near = listener.accept().await.unwrap().0;
+                let (near, mut far) = if tls {
+                    let server = crate::tls::ServerTls::generate(&["localhost".to_owned()]).unwrap();
+                    let client = crate::tls::ClientTls::system().unwrap().unverified().unwrap();
+                    let (near, far) = tokio::try_join!(
+                        TlsStream::accept(server.config(None).unwrap(), near),
+                        TlsStream::connect(client, "localhost".try_into().unwrap(), far)
+                    )
+                    .unwrap();
+                    (Transport::Tls(Box::new(near.0)), Transport::Tls(Box::new(far.0)))
+                } else {
+                    (Transport::Plain(near), Transport::Plain(far))
+                };
+                far.write_all(b"second, ").await.unwrap();
+                let mut near = Rewind::new(Bytes::from_static(b"first, "), near);
+                // Some of it is read, some has come, some is still to come.
+                assert_eq!(near.read_u8().await.unwrap(), b'f');
+                (far, near.detach().unwrap())
+            });
+            let read = std::thread::spawn(move || {
+                runtime().block_on(async {
+                    let mut near = detached.attach().unwrap();
+                    let mut all = String::new();
+                    near.read_to_string(&mut all).await.unwrap();
+                    all
+                })
+            });
+            there.block_on(async {
+                far.write_all(b"third").await.unwrap();
+                far.shutdown().await.unwrap();
+            });
+            assert_eq!(read.join().unwrap(), "irst, second, third");
+        }
     }
 
     #[tokio::test]

@@ -15,7 +15,7 @@
 //! - Keys that have protected as many records as is safe are updated (TLS 1.3), or the connection fails (TLS 1.2, after
 //!   2²⁴ records with AES-GCM).
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -44,16 +44,23 @@ const MAX_RECORD: usize = record::HEADER_LEN + record::MAX_PLAIN + 2048;
 const SCRATCH_LEN: usize = 64 * 1024 + MAX_RECORD;
 const _: () = assert!(BATCH_ROOM <= SCRATCH_LEN);
 
+/// How many buffers a thread keeps. More than one are in use at a time only where TLS is inside TLS.
+const SCRATCH_KEPT: usize = 2;
+
 thread_local! {
-    /// Every read and write uses it, none keeps it.
-    static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// Every read and write uses one, none keeps it.
+    static SCRATCH: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
 fn with_scratch<T>(work: impl FnOnce(&mut [u8]) -> T) -> T {
-    let mut scratch = SCRATCH.take();
-    scratch.resize(SCRATCH_LEN, 0);
+    let kept = SCRATCH.with_borrow_mut(Vec::pop);
+    let mut scratch = kept.unwrap_or_else(|| vec![0; SCRATCH_LEN]);
     let result = work(&mut scratch);
-    SCRATCH.set(scratch);
+    SCRATCH.with_borrow_mut(|all| {
+        if all.len() < SCRATCH_KEPT {
+            all.push(scratch);
+        }
+    });
     result
 }
 

@@ -307,6 +307,19 @@ async fn one_read_takes_several_records() {
 }
 
 #[tokio::test]
+async fn tls_goes_inside_tls_and_a_thread_keeps_few_buffers() {
+    for suite in [SUITES[0], SUITES[4]] {
+        let (near, far) = pair(SUITES[1]).await;
+        let (near, far) = pair_over(suite, near, far).await;
+        let (near, far) = exchange(near, far, 1_000_000, &[65_536, 1400], 65_536).await;
+        holds_nothing(&near);
+        holds_nothing(&far);
+        holds_nothing(near.get_ref());
+    }
+    assert!(SCRATCH.with_borrow(|kept| kept.len() <= SCRATCH_KEPT && kept.iter().all(|one| one.len() == SCRATCH_LEN)));
+}
+
+#[tokio::test]
 async fn small_parts_share_a_record() {
     let (server, client) = pair(SUITES[1]).await;
     let (mut raw, session) = server.into_parts();
