@@ -21,7 +21,7 @@ use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{CipherSuite, ClientConfig, RootCertStore};
 
 use crate::map::{BadPin, CertCheck, DerpNode};
 
@@ -67,10 +67,13 @@ pub enum TlsError {
     Generate(String),
 }
 
-/// The one crypto provider.
+/// The one crypto provider. AES-128-GCM is asked for first, as Go does: with a key of 256 bits a gigabyte takes a tenth of
+/// a CPU second more, and what goes through a relay is encrypted already.
 #[must_use]
 pub fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    Arc::new(provider)
 }
 
 /// How a client secures its connections. Cheap to clone.
@@ -214,4 +217,17 @@ fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErr
         return Err(content("no certificate in it".to_owned()));
     }
     Ok(certificates)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cheapest_cipher_comes_first_and_none_is_missing() {
+        let (ours, usual) =
+            (provider().cipher_suites.clone(), rustls::crypto::aws_lc_rs::default_provider().cipher_suites);
+        assert_eq!(ours[0].suite(), CipherSuite::TLS13_AES_128_GCM_SHA256);
+        assert!(ours.len() == usual.len() && usual.iter().all(|suite| ours.contains(suite)));
+    }
 }
