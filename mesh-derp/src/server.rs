@@ -25,6 +25,7 @@
 mod backlog;
 mod connection;
 mod forwarders;
+mod headroom;
 mod pressure;
 mod rate;
 mod registry;
@@ -33,6 +34,7 @@ mod watch;
 pub use backlog::Backlog;
 pub use connection::{Connection, Input, LOGIN_TIMEOUT, Regional, ServerError};
 pub use forwarders::{DOUBT, LinkId};
+pub use headroom::{CpuLimit, Headroom};
 pub use pressure::{Outcome, Pressure};
 pub use rate::{AcceptLimit, AcceptLimiter, MIN_BURST, RateLimit, RateLimiter};
 pub use registry::{ConnectionId, Departure, Registry};

@@ -17,6 +17,7 @@ use crate::upgrade::RequestHead;
 
 mod admission;
 mod counters;
+mod cpu;
 mod http;
 mod key;
 mod login;

@@ -45,6 +45,19 @@ impl Transport {
             Self::Other(other) => Parked::Other(other),
         }))
     }
+
+    /// Whether something has arrived that has not been read, once everything that could be was. Where that cannot be known
+    /// without reading, it is assumed.
+    ///
+    /// # Errors
+    /// If the connection is lost.
+    pub fn poll_arrived(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(tcp) => tcp.poll_read_ready(cx),
+            Self::Tls(tls) => tls.get_ref().poll_read_ready(cx),
+            Self::Other(_) => Poll::Ready(Ok(())),
+        }
+    }
 }
 
 /// A connection taken from its runtime by [`Transport::detach`]. It may be sent to any thread.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use mesh_noise::key::{KEY_LEN, NodePublic};
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, oneshot};
 use tokio::time::Sleep as Timer;
 
 use super::RelayServer;
@@ -23,6 +23,7 @@ use super::login::Ended;
 use super::outlet::{Outlet, Sleep};
 use super::region::Guest;
 use super::routes::{Route, Routes};
+use super::shards::Turns;
 use super::slab;
 use crate::driver::stream::{Rewind, Transport};
 use crate::driver::{now, random_fraction};
@@ -36,6 +37,8 @@ const KEEP_ALIVE_SPREAD: Duration = Duration::from_secs(5);
 const BRIEF: Duration = Duration::from_millis(20);
 /// How long another relay of the region may take no byte, at least: a pause of its is no reason to part.
 const RELAY_STALL: Duration = Duration::from_secs(30);
+/// Who has no more to say than this when it is read is not made to wait for its turn.
+const LITTLE: usize = 8 * 1024;
 /// So little room is not worth another read.
 const SHORT: usize = 2 * 1024;
 /// Receivers that a connection remembers having given a packet to.
@@ -81,8 +84,10 @@ type AwaitedTurn = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, Acqu
 
 /// Whether this connection may be read.
 enum Reading {
-    /// It may: it has been read dry before.
+    /// It may: there was little when it was last read dry.
     Free,
+    /// When something has arrived and its turn comes: it was read dry, but there was much.
+    Dry,
     /// When its turn comes.
     Waiting(AwaitedTurn),
     /// It is its turn.
@@ -142,12 +147,12 @@ pub(super) fn start(
     let id = server.enter(&outlet);
     let registration = Registration { server: Arc::clone(&server), id, outlet: Arc::clone(&outlet) };
     let shard = server.shards().pick();
-    let turn = Arc::clone(shard.turn());
+    let turns = Arc::clone(shard.turns());
     let (on_end, ended) = oneshot::channel();
     let runtime = shard.runtime().clone();
     runtime.spawn(async move {
         let reason = match stream.attach() {
-            Ok(stream) => Session::new(registration, stream, core, guest.node).run(turn).await,
+            Ok(stream) => Session::new(registration, stream, core, guest.node).run(turns).await,
             Err(error) => error.into(),
         };
         server.note_end(guest.presence.address, &reason);
@@ -187,11 +192,11 @@ impl Session {
         }
     }
 
-    async fn run(mut self, turn: Arc<Semaphore>) -> Ended {
+    async fn run(mut self, turns: Arc<Turns>) -> Ended {
         let timer = tokio::time::sleep_until(self.keep_alive_at.into());
         tokio::pin!(timer);
         match self.take_early() {
-            Ok(()) => std::future::poll_fn(|cx| self.poll(cx, timer.as_mut(), &turn)).await,
+            Ok(()) => std::future::poll_fn(|cx| self.poll(cx, timer.as_mut(), &turns)).await,
             Err(reason) => reason,
         }
     }
@@ -205,17 +210,17 @@ impl Session {
     }
 
     /// Runs once; ready when the connection is over.
-    fn poll(&mut self, cx: &mut Context<'_>, timer: Pin<&mut Timer>, turn: &Arc<Semaphore>) -> Poll<Ended> {
-        match self.step(cx, timer, turn) {
+    fn poll(&mut self, cx: &mut Context<'_>, timer: Pin<&mut Timer>, turns: &Turns) -> Poll<Ended> {
+        match self.step(cx, timer, turns) {
             Ok(()) => Poll::Pending,
             Err(ended) => Poll::Ready(ended),
         }
     }
 
-    fn step(&mut self, cx: &mut Context<'_>, timer: Pin<&mut Timer>, turn: &Arc<Semaphore>) -> Result<(), Ended> {
+    fn step(&mut self, cx: &mut Context<'_>, timer: Pin<&mut Timer>, turns: &Turns) -> Result<(), Ended> {
         let at = now();
         let wrote = self.write_unit(cx, at)?;
-        let read = self.read_unit(cx, at, turn)?;
+        let read = self.read_unit(cx, at, turns)?;
         self.keep_time(cx, at, timer)?;
         match self.registration.outlet.sleep(cx.waker(), wrote == Written::All) {
             Sleep::Closing => return Err(Ended::Dismissed),
@@ -283,18 +288,32 @@ impl Session {
 
     /// Reads one unit of what the client has sent, if it may, and passes it on. Whether to do so again at once; otherwise
     /// the task will be woken when it may.
-    fn read_unit(&mut self, cx: &mut Context<'_>, at: Instant, turn: &Arc<Semaphore>) -> Result<bool, Ended> {
+    fn read_unit(&mut self, cx: &mut Context<'_>, at: Instant, turns: &Turns) -> Result<bool, Ended> {
         if self.paused_until.is_some_and(|until| at < until) {
             return Ok(false);
         }
         self.paused_until = None;
+        if let Reading::Dry = self.reading {
+            match self.stream.get_ref().poll_arrived(cx) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(arrived) => arrived?,
+            }
+            self.await_turn(cx, turns);
+        }
         if let Reading::Waiting(awaited) = &mut self.reading {
             let Poll::Ready(permit) = awaited.as_mut().poll(cx) else { return Ok(false) };
             self.reading = permit.map_or(Reading::Free, Reading::Turn);
         }
+        if matches!(self.reading, Reading::Turn(_)) {
+            self.paused_until = turns.wait(at);
+            if self.paused_until.is_some() {
+                return Ok(false);
+            }
+        }
         let mut unit = slab::take();
         unit.extend_from_slice(self.core.read_buffer());
-        let mut room = slab::UNIT.saturating_sub(unit.len()).max(slab::UNIT / 2);
+        let most = slab::UNIT.saturating_sub(unit.len()).max(slab::UNIT / 2);
+        let mut room = most;
         unit.reserve(room);
         // A stream may hand out what it has in small pieces.
         let end = loop {
@@ -308,7 +327,8 @@ impl Session {
                 break None;
             }
         };
-        if unit.len() == self.core.read_buffer().len() {
+        let read = most - room;
+        if read == 0 {
             slab::give_back(unit);
         } else {
             *self.core.read_buffer() = unit;
@@ -323,17 +343,22 @@ impl Session {
             self.registration.server.counters.pauses.add(1);
         }
         if end.is_some() || self.paused_until.is_some() {
-            self.reading = Reading::Free;
+            self.reading = if read < LITTLE { Reading::Free } else { Reading::Dry };
             return Ok(false);
         }
-        // Asked for while the present turn lasts, so that whoever waits already comes first.
-        let mut awaited: AwaitedTurn = Box::pin(Arc::clone(turn).acquire_owned());
+        self.await_turn(cx, turns);
+        Ok(!matches!(self.reading, Reading::Waiting(_)))
+    }
+
+    /// Gets in line. Whoever has the turn and wants another one does so before it is over: those who wait already come
+    /// first.
+    fn await_turn(&mut self, cx: &mut Context<'_>, turns: &Turns) {
+        let mut awaited: AwaitedTurn = Box::pin(Arc::clone(turns.free()).acquire_owned());
         self.reading = match awaited.as_mut().poll(cx) {
             Poll::Ready(Ok(permit)) => Reading::Turn(permit),
             Poll::Ready(Err(_)) => Reading::Free,
             Poll::Pending => Reading::Waiting(awaited),
         };
-        Ok(!matches!(self.reading, Reading::Waiting(_)))
     }
 
     fn keep_time(&mut self, cx: &mut Context<'_>, at: Instant, mut timer: Pin<&mut Timer>) -> Result<(), Ended> {

@@ -6,36 +6,85 @@
 //!
 //! # Whose turn it is
 //! Below its capacity a relay has no queue of connections that wait to be read. Above it, who is read next decides
-//! everything. A connection that has just become readable is read at once, one [`UNIT`](super::slab::UNIT) at most. If there
-//! is more after that, it is a *bulk* connection, and takes turns with all other bulk connections: one of them at a time is
-//! read, for one unit. So a connection with little to say waits for a unit or two of the others, however many they are and
-//! whatever they offer (RFC 8290 does the same with packets). Writing never waits for a turn: what has been read is
-//! written before more is read, and a relay that is offered thrice what it can pass on passes on what it can.
+//! everything. A connection that has had little to say is read at once when it has something. All others are *bulk*
+//! connections and take turns: one of them at a time is read, for one [`UNIT`](super::slab::UNIT). So a connection with
+//! little to say waits for a unit or two of the others, however many they are and whatever they offer (RFC 8290 does the
+//! same with packets). Writing never waits for a turn: what has been read is written before more is read, and a relay that
+//! is offered thrice what it can pass on passes on what it can.
+//!
+//! Whose turn it is also waits while the process has used nearly all the CPU time that its control group allows it, if that
+//! is limited ([`Headroom`]): a relay that the system stops for the rest of a period stops for everybody.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::{Semaphore, oneshot};
 
+use super::cpu::{self, LimitFiles};
+use crate::server::Headroom;
+
 /// Tasks that run before the shard looks for new events: few, so that a connection that has become readable while others
 /// are busy is seen soon.
-const TASKS_BETWEEN_EVENTS: u32 = 4;
+const TASKS_BETWEEN_EVENTS: u32 = 2;
+
+/// How often the limit of CPU time is looked up.
+const LIMIT_AGE: Duration = Duration::from_millis(100);
+
+/// The turns of bulk connections.
+#[derive(Debug)]
+pub(super) struct Turns {
+    /// One for each connection that may be read at the same time: one a shard.
+    free: Arc<Semaphore>,
+    /// One for all shards, since the limit is for all.
+    budget: Arc<Mutex<Budget>>,
+}
+
+#[derive(Debug)]
+struct Budget {
+    headroom: Headroom,
+    files: LimitFiles,
+    read_at: Option<Instant>,
+}
+
+impl Turns {
+    fn new(budget: &Arc<Mutex<Budget>>) -> Arc<Self> {
+        Arc::new(Self { free: Arc::new(Semaphore::new(1)), budget: Arc::clone(budget) })
+    }
+
+    /// What a bulk connection has to hold while it is read.
+    pub(super) const fn free(&self) -> &Arc<Semaphore> {
+        &self.free
+    }
+
+    /// Until when whoever has the turn is to wait with it, if at all.
+    pub(super) fn wait(&self, now: Instant) -> Option<Instant> {
+        let mut budget = self.budget.lock().unwrap_or_else(PoisonError::into_inner);
+        if budget.read_at.is_none_or(|at| now.saturating_duration_since(at) >= LIMIT_AGE) {
+            budget.read_at = Some(now);
+            let limit = budget.files.read();
+            budget.headroom.set_limit(limit);
+        }
+        if budget.headroom.is_limited() { budget.headroom.wait(now, cpu::used()) } else { None }
+    }
+}
 
 /// One thread that runs connections.
 #[derive(Debug)]
 pub(super) struct Shard {
     runtime: Handle,
-    /// The turn of the bulk connections.
-    turn: Arc<Semaphore>,
+    turns: Arc<Turns>,
     /// Dropped with the shard, which ends the thread.
     _stop: Option<oneshot::Sender<()>>,
 }
 
 impl Shard {
-    fn start(number: usize) -> io::Result<Self> {
+    fn start(number: usize, budget: &Arc<Mutex<Budget>>) -> io::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .event_interval(TASKS_BETWEEN_EVENTS)
@@ -47,12 +96,12 @@ impl Shard {
         thread.spawn(move || {
             let _ = runtime.block_on(stopped);
         })?;
-        Ok(Self { runtime: handle, turn: Arc::new(Semaphore::new(1)), _stop: Some(stop) })
+        Ok(Self { runtime: handle, turns: Turns::new(budget), _stop: Some(stop) })
     }
 
     /// The caller's runtime.
-    fn here() -> Self {
-        Self { runtime: Handle::current(), turn: Arc::new(Semaphore::new(1)), _stop: None }
+    fn here(budget: &Arc<Mutex<Budget>>) -> Self {
+        Self { runtime: Handle::current(), turns: Turns::new(budget), _stop: None }
     }
 
     /// The scheduler to spawn on.
@@ -60,9 +109,9 @@ impl Shard {
         &self.runtime
     }
 
-    /// What a bulk connection has to hold while it is read.
-    pub(super) const fn turn(&self) -> &Arc<Semaphore> {
-        &self.turn
+    /// Whose turn it is there.
+    pub(super) const fn turns(&self) -> &Arc<Turns> {
+        &self.turns
     }
 }
 
@@ -76,10 +125,13 @@ pub(super) struct Shards {
 impl Shards {
     /// Starts `count` threads, at least one. Where the system has none to give, connections run on the caller's runtime.
     pub(super) fn start(count: usize) -> Self {
-        let started = (0..count.max(1)).map(Shard::start).collect::<io::Result<Vec<_>>>();
+        let budget = Budget { headroom: Headroom::new(), files: LimitFiles::open(), read_at: None };
+        let budget = Arc::new(Mutex::new(budget));
+        let start = |number| Shard::start(number, &budget);
+        let started = (0..count.max(1)).map(start).collect::<io::Result<Vec<_>>>();
         let shards = started.unwrap_or_else(|error| {
             tracing::warn!(%error, "no threads for the relay's connections; they share those of the rest");
-            vec![Shard::here()]
+            vec![Shard::here(&budget)]
         });
         Self { shards, next: AtomicUsize::new(0) }
     }
