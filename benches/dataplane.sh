@@ -47,5 +47,6 @@ packages=(-p mesh-benches --bin datagrams --bin carrier --bin costs)
 cargo build -q --release "${packages[@]}"
 build=$PWD/target/release
 export MESH_WIREGUARD=${MESH_WIREGUARD:-$build/mesh-wireguard}
-export DATAGRAMS=$build/datagrams CARRIER=$build/carrier COSTS=$build/costs PYTHONDONTWRITEBYTECODE=1
+export DATAGRAMS=$build/datagrams CARRIER=$build/carrier COSTS=$build/costs
+export PYTHONPATH=benches/shared PYTHONDONTWRITEBYTECODE=1
 exec python3 benches/dataplane "${arguments[@]}"

@@ -3,22 +3,19 @@
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 
 import measure
-from lab import PEERS, Carrier, Failed, Lab, Others, run
-from report import CARRIER, OURS, PLAIN, derive, number, print_bars, print_figures
+from figures import QUIET, Failed, Others, costs, number, print_bars, print_head
+from lab import PEERS, Carrier, Lab
+from report import CARRIER, OURS, PLAIN, bars, derive, print_figures
 
 MAIN = ["ping", "tcp1", "tcp4", "udp64", "udp1372"]
 SECTIONS = [*MAIN, "offloads", "shaped", "ceiling", "costs"]
 RATES = [100, 1000, 2500]
 
-# Above this, in cores, others disturb a measurement.
-QUIET = 0.1
 ATTEMPTS = 5
 
 
@@ -89,11 +86,7 @@ def shaped_figures(lab, seconds):
 
 
 def cost_figures():
-    figures = {}
-    for what in ("cipher", "handshake", "memory"):
-        for line in run(os.environ["COSTS"], what).splitlines():
-            name, value = line.split("\t")
-            figures[name] = float(value)
+    figures = costs(os.environ["COSTS"], "cipher", "handshake", "memory")
     figures["responder / snow's, CPU"] = (
         figures["responder, CPU us"] / figures["responder by snow's default resolver, CPU us"])
     return figures
@@ -147,14 +140,6 @@ def one_round(commands, options):
     return turn
 
 
-def print_head():
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    print(f"`benches/dataplane.sh {' '.join(sys.argv[1:])}` at {commit}; {os.cpu_count()} x {models[0] if models else '?'}, "
-          f"Linux {platform.release()}")
-
-
 def main():
     options = arguments()
     for number_of_signal, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
@@ -169,10 +154,10 @@ def main():
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(turns, file, indent=1)
-    print_head()
+    print_head("dataplane.sh")
     print_figures(turns)
     if options.check:
-        missed = print_bars(turns)
+        missed = print_bars(turns, OURS, bars())
         busiest = max(turn[OURS]["CPU of others, cores"] for turn in turns)
         if busiest > QUIET:
             missed.append(f"no quiet machine: others used up to {busiest:.2f} cores in {ATTEMPTS} attempts")

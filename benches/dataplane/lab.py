@@ -10,12 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from figures import TICKS, Failed, process_ticks, run
+
 ENDS = ("a", "b")
 NUMBER = {"a": 1, "b": 2}
 UNDERLAY, OVERLAY = "192.168.77.", "10.9.0."
 # Interfaces in two namespaces share /var/run/wireguard, so names carry the process id.
 ID = f"mp{os.getpid() % 10_000_000}"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 # How each peer is started in the foreground, and what it is told so that it logs little and keeps its privileges.
 PEERS = {
@@ -24,18 +25,6 @@ PEERS = {
     "gotatun": ["gotatun", "-f"],
 }
 QUIET = {"LOG_LEVEL": "error", "RUST_LOG": "error", "WG_LOG_LEVEL": "error", "WG_SUDO": "true"}
-
-
-class Failed(Exception):
-    """A measurement could not be made."""
-
-
-def run(*command, **options):
-    """Runs a command to its end and returns what it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    if done.returncode != 0:
-        raise Failed(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
 
 
 class Lab:
@@ -177,12 +166,6 @@ class Carrier(Lab):
         return subprocess.run(["ip", "-n", ID + end, "link", "show", ID + end], capture_output=True).returncode == 0
 
 
-def process_ticks(pid):
-    """Clock ticks of a process, those of its ended children, and its parent."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-    return int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14]), int(fields[1])
-
-
 def kernel_seconds():
     """CPU of the kernel's threads that take over when there is much to do for the network."""
     threads = [path.parent for path in Path("/proc").glob("[0-9]*/comm") if "ksoftirqd" in read_or_nothing(path)]
@@ -194,34 +177,3 @@ def read_or_nothing(path):
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-class Others:
-    """CPU that other programs, and other guests of this machine's host, use while we measure."""
-
-    def __init__(self):
-        self.before, self.start = self.seconds(), time.monotonic()
-
-    def cores(self):
-        return max(0.0, self.seconds() - self.before) / (time.monotonic() - self.start)
-
-    @staticmethod
-    def seconds():
-        """All processes but ourselves and our children, living or ended; kernel threads work for us."""
-        ticks, parents = {}, {}
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                try:
-                    own, ended, parents[int(entry.name)] = process_ticks(entry.name)
-                    ticks[int(entry.name)] = own + ended
-                except (FileNotFoundError, ProcessLookupError):
-                    pass
-        passed_over = {2, os.getpid()}
-        total = 0
-        for pid, used in ticks.items():
-            line = pid
-            while line and line not in passed_over:
-                line = parents.get(line, 0)
-            total += 0 if line else used
-        stolen = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[8]
-        return (total + int(stolen)) / TICKS

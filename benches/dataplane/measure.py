@@ -7,7 +7,8 @@ import statistics
 import subprocess
 import time
 
-from lab import Failed, kernel_seconds
+from figures import Failed
+from lab import kernel_seconds
 
 PORT = 5201
 

@@ -1,18 +1,21 @@
-//! What single things cost on this machine, for `benches/dataplane.sh`. Prints one figure a line: its name, a tab, a number.
+//! What single things cost on this machine, for `benches/dataplane.sh` and `benches/relay.sh`. Prints one figure a line: its
+//! name, a tab, a number.
 //!
 //! ```text
 //! costs cipher      CPU seconds that aws-lc-rs takes to seal and open 1,420-byte packets with 1 GB of TCP payload
 //! costs handshake   CPU microseconds of a responder, ours and snow's with its default resolver
 //! costs memory      bytes that a node keeps per peer, and per peer with a live session; 10,000 of them
+//! costs relay       CPU seconds to open and seal 1 GB in TLS records, and to read it from one loopback connection and
+//!                   write it to another: what no relay can do without
 //! ```
 
-use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
-use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use mesh_benches::{Pair, SnowExchange};
 use mesh_nat::{Path, SocketId};
 use mesh_node::dataplane::{self, Dataplane, NoRelay};
@@ -27,12 +30,16 @@ const PAYLOAD: f64 = 1420.0 - 20.0 - 32.0;
 
 const PEERS: u32 = 10_000;
 
+/// Bytes of a full TLS record.
+const RECORD: usize = 16 * 1024;
+
 fn main() -> anyhow::Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("cipher") => cipher(),
         Some("handshake") => handshake(),
         Some("memory") => memory(),
-        _ => bail!("costs cipher | handshake | memory"),
+        Some("relay") => relay(),
+        _ => bail!("costs cipher | handshake | memory | relay"),
     }
 }
 
@@ -53,21 +60,67 @@ fn seconds_each(count: u32, mut measure: impl FnMut(u32) -> f64) -> f64 {
     runs[2]
 }
 
-fn cipher() -> anyhow::Result<()> {
-    let key = LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &[5; 32])?);
-    let mut buffer = vec![0; PACKET + CHACHA20_POLY1305.tag_len()];
-    let each = seconds_each(50_000, |count| {
+/// Seconds to seal and open one message of that length.
+fn seal_and_open(algorithm: &'static Algorithm, length: usize, count: u32) -> anyhow::Result<f64> {
+    let key = LessSafeKey::new(UnboundKey::new(algorithm, &[5; 32][..algorithm.key_len()])?);
+    let mut buffer = vec![0; length + algorithm.tag_len()];
+    Ok(seconds_each(count, |count| {
         let before = cpu_seconds();
         for _ in 0..count {
             let nonce = || Nonce::assume_unique_for_key([0; 12]);
-            let sealed = key.seal_in_place_separate_tag(nonce(), Aad::empty(), &mut buffer[..PACKET]);
-            let tag = sealed.expect("a packet is short enough");
-            buffer[PACKET..].copy_from_slice(tag.as_ref());
+            let sealed = key.seal_in_place_separate_tag(nonce(), Aad::empty(), &mut buffer[..length]);
+            let tag = sealed.expect("a message is short enough");
+            buffer[length..].copy_from_slice(tag.as_ref());
             key.open_in_place(nonce(), Aad::empty(), &mut buffer).expect("it was just sealed");
         }
         cpu_seconds() - before
-    });
+    }))
+}
+
+fn cipher() -> anyhow::Result<()> {
+    let each = seal_and_open(&CHACHA20_POLY1305, PACKET, 50_000)?;
     print("cipher, CPU s/GB", each * 1e9 / PAYLOAD)
+}
+
+fn relay() -> anyhow::Result<()> {
+    for (name, algorithm) in
+        [("AES-128-GCM", &AES_128_GCM), ("AES-256-GCM", &AES_256_GCM), ("ChaCha20-Poly1305", &CHACHA20_POLY1305)]
+    {
+        print(&format!("{name}, CPU s/GB"), seal_and_open(algorithm, RECORD, 5_000)? * 1e9 / RECORD as f64)?;
+    }
+    let mut runs = [passing_on()?, passing_on()?, passing_on()?];
+    runs.sort_by(f64::total_cmp);
+    print("loopback TCP in and out, CPU s/GB", runs[1])
+}
+
+/// CPU seconds for 1 GB that one thread reads from a connection and writes to another, 64 KiB at a time.
+fn passing_on() -> anyhow::Result<f64> {
+    const BYTES: u64 = 1_000_000_000;
+    let pair = || -> std::io::Result<(TcpStream, TcpStream)> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let near = TcpStream::connect(listener.local_addr()?)?;
+        Ok((near, listener.accept()?.0))
+    };
+    let ((mut source, mut inlet), (mut outlet, mut sink)) = (pair()?, pair()?);
+    std::thread::scope(|scope| {
+        scope.spawn(move || std::io::copy(&mut std::io::repeat(7).take(BYTES), &mut source));
+        scope.spawn(move || {
+            let mut buffer = vec![0; 64 * 1024];
+            while matches!(sink.read(&mut buffer), Ok(length) if length > 0) {}
+        });
+        let passing = scope.spawn(move || -> anyhow::Result<f64> {
+            let mut buffer = vec![0; 64 * 1024];
+            let before = cpu_seconds();
+            loop {
+                let length = inlet.read(&mut buffer)?;
+                if length == 0 {
+                    return Ok((cpu_seconds() - before) * 1e9 / BYTES as f64);
+                }
+                outlet.write_all(&buffer[..length])?;
+            }
+        });
+        passing.join().unwrap_or_else(|_| bail!("the passing thread panicked"))
+    })
 }
 
 fn handshake() -> anyhow::Result<()> {
