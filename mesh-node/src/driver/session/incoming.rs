@@ -155,6 +155,7 @@ impl Session {
                     self.relay_problems.insert(region, problem);
                 }
             }
+            RelayEvent::Restarting { reconnect_in } => tracing::debug!(%region, ?reconnect_in, "relay restarts"),
             _ => {}
         }
     }
