@@ -3,7 +3,7 @@
 //! `http` answers what a listener has read, `login` lets a client in, `session` runs its connection on one of the `shards`,
 //! `outlet` is what waits for it, and the [`Registry`] between them says who is where; `region` is this relay among others.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -23,12 +23,15 @@ mod key;
 mod login;
 mod outlet;
 mod region;
+mod restart;
 mod routes;
 mod session;
 mod shards;
 mod slab;
 
-pub use admission::{Admission, AllowAll, AllowList, Applicant};
+pub use admission::{Admission, AllOf, AllowAll, AllowList, AllowListFile, Applicant, BadAllowList, Deciding, Verdict};
+#[cfg(feature = "verify")]
+pub use admission::{BadVerifyUrl, Unreachable, Verify};
 use counters::Atomics;
 pub use counters::Counters;
 pub use key::{load_or_generate_key, load_or_generate_mesh_key};
@@ -89,6 +92,8 @@ pub struct RelayServer {
     registry: RwLock<Everybody>,
     /// How often somebody has come, gone, or become another connection: what was read before may be out of date.
     generation: AtomicU64,
+    /// Nobody is let in any more.
+    ending: AtomicBool,
     /// When departures from the region are due may have changed.
     region_changed: Notify,
     counters: Atomics,
@@ -108,6 +113,7 @@ impl RelayServer {
             public,
             registry: RwLock::default(),
             generation: AtomicU64::new(0),
+            ending: AtomicBool::new(false),
             region_changed: Notify::new(),
             counters: Atomics::default(),
             shards: OnceLock::new(),
@@ -160,6 +166,15 @@ impl RelayServer {
     pub fn close_all(&self) {
         for outlet in self.registry().handles() {
             outlet.close_with_all();
+        }
+    }
+
+    /// Ends the connections of nodes that may no longer use the relay; those of other relays of the region stay.
+    pub fn retain(&self, keep: impl Fn(&NodePublic) -> bool) {
+        for outlet in self.registry().handles() {
+            if !outlet.guest().is_relay() && !keep(&outlet.guest().node) {
+                outlet.close();
+            }
         }
     }
 

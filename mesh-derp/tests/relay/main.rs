@@ -1,6 +1,8 @@
 //! The relay and its clients over loopback: what a user of the crate sees.
 #![cfg(test)]
 
+#[cfg(feature = "verify")]
+mod admission;
 mod attacks;
 mod checklist;
 mod clients;
@@ -13,4 +15,5 @@ mod moving;
 mod overload;
 mod proxy;
 mod region;
+mod restart;
 mod websocket;

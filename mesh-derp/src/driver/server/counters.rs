@@ -91,14 +91,26 @@ counters! {
     pings,
     /// PeerGone frames sent.
     peer_gone,
+    /// Restarting frames sent.
+    restarting,
     /// Connections ended because the client broke protocol: frames of a wrong kind, order or length.
     protocol_errors,
     /// Connections ended because the client's login does not prove the key it names.
     logins_refused,
     /// Connections ended because the client had not logged in in time.
     logins_late,
-    /// Connections ended because the client was not admitted.
+    /// Connections ended because the client was not admitted: the sum of the three kinds of refusals below.
     not_admitted,
+    /// Clients admitted.
+    admitted,
+    /// Clients admitted because whoever knows could not be asked.
+    admitted_unasked,
+    /// Clients refused.
+    refused,
+    /// Clients refused because whoever knows could not be asked.
+    refused_unasked,
+    /// Clients refused because whoever knows gave an answer that makes no sense.
+    refused_malformed,
     /// Connections ended because the client took no data.
     stalled,
 }

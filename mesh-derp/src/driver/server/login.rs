@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::BytesMut;
 use mesh_noise::key::NodePublic;
@@ -10,7 +11,7 @@ use mesh_noise::random::SystemRng;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::session::{self, Running};
-use super::{Applicant, RelayServer};
+use super::{Applicant, RelayServer, Verdict};
 use crate::driver::stream::{Rewind, Transport};
 use crate::driver::{make_room, now};
 use crate::login::ClientInfo;
@@ -78,6 +79,18 @@ impl RelayServer {
         counter.add(1);
     }
 
+    fn count_verdict(&self, verdict: Verdict) {
+        let counters = &self.counters;
+        let counter = match verdict {
+            Verdict::Admit => &counters.admitted,
+            Verdict::Refuse => &counters.refused,
+            Verdict::AdmitUnasked => &counters.admitted_unasked,
+            Verdict::RefuseUnasked => &counters.refused_unasked,
+            Verdict::RefuseMalformed => &counters.refused_malformed,
+        };
+        counter.add(1);
+    }
+
     async fn admit(
         self: &Arc<Self>,
         mut stream: Rewind<Transport>,
@@ -95,13 +108,19 @@ impl RelayServer {
         let login = greet(&mut stream, &mut core, &greeting);
         let login = tokio::time::timeout(LOGIN_TIMEOUT, login).await;
         let (node, info) = login.map_err(|_| ServerError::LoginTimeout)??;
+        if self.ending.load(Ordering::Acquire) {
+            return Err(Ended::Dismissed);
+        }
         let guest = self.guest(node, peer, &info, asked);
         if guest.is_relay() {
             core.admit_relay();
-        } else if self.config.admission.admit(Applicant { node, address: peer.ip() }).await {
-            core.admit();
         } else {
-            return Err(Ended::NotAdmitted);
+            let verdict = self.config.admission.decide(Applicant { node, address: peer.ip() }).await;
+            self.count_verdict(verdict);
+            if !verdict.admits() {
+                return Err(Ended::NotAdmitted);
+            }
+            core.admit();
         }
         tracing::debug!(%peer, node = %node.short(), "relay connection open");
         Ok(session::start(Arc::clone(self), stream, core, guest)?)
