@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_derp::driver::server::Sibling;
 use mesh_derp::map::RegionId;
 use mesh_node::{coordinator, relay};
 
@@ -123,9 +124,25 @@ pub(crate) struct Relay {
     /// Print this relay's DERP-map node, pin included, and exit.
     #[arg(long)]
     pub(crate) print_node: bool,
-    /// Ask this URL whether a client may connect.
+    /// Ask this URL (http or https) whether a client may connect.
     #[arg(long, value_name = "URL")]
     pub(crate) verify_url: Option<String>,
+    /// Let clients in while that URL cannot be reached. Any answer but a yes still turns them away.
+    #[arg(long, requires = "verify_url")]
+    pub(crate) verify_fail_open: bool,
+    /// Only nodes in this file may connect: one nodekey a line, # comments. Followed while the relay runs.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) allow_list: Option<PathBuf>,
+    /// Pass packets on to this other relay of the region; repeat for several. Each relay has to name each other one, and may
+    /// name itself: https://HOST[:PORT][/ADDRESS][#sha256-raw:HEX], the pin as --print-node shows it as CertName.
+    #[arg(long, value_name = "URL", requires = "mesh_key_file")]
+    pub(crate) mesh_with: Vec<Sibling>,
+    /// The secret that all relays of the region share. Made if missing; give every other relay a copy.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) mesh_key_file: Option<PathBuf>,
+    /// Further certificates (PEM) to trust in the verify URL and the other relays.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -391,7 +408,7 @@ mod tests {
     fn the_interface_that_scripts_rely_on_parses() {
         for line in [
             "mesh coordinator --state-dir d --listen 203.0.113.1:80 --listen [2001:db8::1]:80 --url http://203.0.113.1 --stun 203.0.113.1:3478 --region-id 5 --no-relay --derp-map f --tls-cert c --tls-key k --insecure-relay-for-tests",
-            "mesh relay --state-dir d --listen 203.0.113.1:443 --stun 203.0.113.1:3478 --print-node --verify-url http://x",
+            "mesh relay --state-dir d --listen 203.0.113.1:443 --stun 203.0.113.1:3478 --print-node --verify-url https://x/verify --verify-fail-open --allow-list f --mesh-with https://b.example:444/192.0.2.7 --mesh-with https://c.example --mesh-key-file k --ca-file c",
             "mesh daemon --state-dir d --socket s --tun userspace --port 41641 --socks5 127.0.0.1:1080 --http-proxy 127.0.0.1:8080 --ca-file f --no-portmap --no-port-guessing --static-endpoint 203.0.113.1:4 --relay-server-port 7777 --relay-server-endpoint 203.0.113.1:7777",
             "mesh admin --state-dir d users create alice",
             "mesh admin --state-dir d codes create -o json",

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use mesh_derp::driver::server::Unreachable;
 use mesh_derp::map::DerpMap;
 use mesh_node::coordinator::Coordinator;
 use mesh_node::local_api::LocalApi;
@@ -50,12 +51,25 @@ pub(crate) async fn relay(options: cli::Relay) -> anyhow::Result<()> {
     config.region_id = options.region_id;
     config.certificate = certificate(options.tls);
     config.verify_url = options.verify_url;
+    if options.verify_fail_open {
+        config.verify_unreachable = Unreachable::Admit;
+    }
+    config.allow_list = options.allow_list;
+    config.mesh_with = options.mesh_with;
+    config.mesh_key_file = options.mesh_key_file;
+    config.ca_file = options.ca_file;
     if options.print_node {
         return Ok(output::print(&serde_json::to_string_pretty(&relay::describe(&config)?)?)?);
     }
     let running = Relay::start(config).await?;
     ready("relay");
-    asked_to_end().await;
+    let (mut hangup, mut end) = (signal(SignalKind::hangup())?, std::pin::pin!(asked_to_end()));
+    loop {
+        tokio::select! {
+            () = &mut end => break,
+            _ = hangup.recv() => running.reload(),
+        }
+    }
     running.shutdown().await;
     Ok(())
 }

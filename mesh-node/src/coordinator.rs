@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use mesh_control::driver::server as control;
 use mesh_derp::driver::listener::{Acceptor, Incoming};
@@ -144,11 +145,11 @@ impl Coordinator {
     pub async fn shutdown(mut self) {
         self.accepting.shutdown().await;
         if let Some(relay) = self.relay.take() {
-            relay.close_all();
+            relay.shutdown(SEND_AWAY).await;
         }
         self.control.shutdown();
         self.connections.close();
-        if tokio::time::timeout(std::time::Duration::from_secs(5), self.connections.wait()).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(5), self.connections.wait()).await.is_err() {
             tracing::warn!("connections are still open after five seconds");
         }
         self.control.stop().await;
@@ -179,6 +180,9 @@ async fn serve(incoming: Incoming, control: Arc<control::Coordinator>, relay: Op
         }
     }
 }
+
+/// How long clients of the relay may be sent away one after another when the coordinator ends.
+const SEND_AWAY: Duration = Duration::from_secs(5);
 
 /// The coordinator's nodes may use its relay, and nobody else.
 #[derive(Debug)]

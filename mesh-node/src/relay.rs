@@ -2,19 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::Request;
-use hyper_util::rt::TokioIo;
-use mesh_control::wire::{RelayAdmission, RelayAdmissionRequest};
 use mesh_derp::driver::listener::Acceptor;
-use mesh_derp::driver::server::{self as server, Admission, Applicant, RelayServer};
+use mesh_derp::driver::server::{self as server, RelayServer, Sibling, Unreachable};
 use mesh_derp::map::{DerpNode, RegionId};
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
@@ -22,14 +15,15 @@ use crate::error::Error;
 use crate::listen::{self, CertificateFiles, Place, Stun};
 use crate::state::StateDir;
 
+mod access;
+
+use access::Access;
+
 /// The region of a relay that was not told one.
 pub const DEFAULT_REGION: RegionId = match RegionId::new(901) {
     Some(region) => region,
     None => panic!("901 is not zero"),
 };
-
-/// How long the answer of a verifying URL may take (derp.md §10).
-const VERIFY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How to run a relay. [`Config::new`] gives the defaults.
 #[derive(Debug, Clone)]
@@ -46,8 +40,23 @@ pub struct Config {
     pub region_id: RegionId,
     /// The certificate. Default: one that is made and kept in the state directory.
     pub certificate: Option<CertificateFiles>,
-    /// An `http://` URL that says who may use the relay, such as a coordinator's `/verify`. Default: everybody may.
+    /// A URL that says who may use the relay, such as a coordinator's `/verify`. Default: everybody may.
     pub verify_url: Option<String>,
+    /// What becomes of clients while that URL cannot be reached. Default: they are turned away.
+    pub verify_unreachable: Unreachable,
+    /// A file of the nodes that may use the relay (see
+    /// [`AllowListFile`](mesh_derp::driver::server::AllowListFile)). Default: everybody may. With a URL as well, both have to
+    /// agree.
+    pub allow_list: Option<PathBuf>,
+    /// The other relays of the region; this one may be among them. Default none.
+    pub mesh_with: Vec<Sibling>,
+    /// The file with the secret that all relays of the region share: 64 hexadecimal digits. Made if missing; the other
+    /// relays need a copy. Default none: other relays are clients like any other.
+    pub mesh_key_file: Option<PathBuf>,
+    /// A file of certificates (PEM) to trust, beside the system's, in the verify URL and the other relays.
+    pub ca_file: Option<PathBuf>,
+    /// How long [`Relay::shutdown`] may take to send clients away one after another. Default 5 s.
+    pub grace: Duration,
 }
 
 impl Config {
@@ -61,6 +70,12 @@ impl Config {
             region_id: DEFAULT_REGION,
             certificate: None,
             verify_url: None,
+            verify_unreachable: Unreachable::default(),
+            allow_list: None,
+            mesh_with: Vec::new(),
+            mesh_key_file: None,
+            ca_file: None,
+            grace: Duration::from_secs(5),
         }
     }
 
@@ -95,6 +110,10 @@ pub struct Relay {
     server: Arc<RelayServer>,
     accepting: JoinSet<()>,
     connections: TaskTracker,
+    access: Access,
+    /// Links to other relays, and what follows files.
+    kept: JoinSet<()>,
+    grace: Duration,
     _state: StateDir,
 }
 
@@ -111,9 +130,7 @@ impl Relay {
         let key = server::load_or_generate_key(&config.state_dir)
             .map_err(|source| Error::System { what: "the relay's key", source })?;
         let mut settings = server::Config::default();
-        if let Some(url) = &config.verify_url {
-            settings.admission = Arc::new(Verify::new(url)?);
-        }
+        let access = Access::prepare(&config, &mut settings)?;
         let server = RelayServer::new(key, settings);
         let tls = tls.config(Some(server.public())).map_err(|error| Error::Tls(error.to_string()))?;
         let mut acceptor = Acceptor::from_listeners(listen::tcp(&config.listen).await?, Some(tls));
@@ -127,7 +144,9 @@ impl Relay {
                 tracker.spawn(Arc::clone(&relay).serve(incoming.stream, incoming.head, incoming.peer_addr));
             }
         });
-        Ok(Self { server, accepting, connections, _state: state })
+        let (mut kept, grace) = (JoinSet::new(), config.grace);
+        access.run(config, &server, &mut kept);
+        Ok(Self { server, accepting, connections, access, kept, grace, _state: state })
     }
 
     /// The relay itself, with its counters.
@@ -136,67 +155,19 @@ impl Relay {
         &self.server
     }
 
-    /// Ends all connections and releases the addresses.
+    /// Reads the allow-list again at once; it is looked at every 2 s anyway.
+    pub fn reload(&self) {
+        self.access.reload(&self.server);
+    }
+
+    /// Releases the addresses, sends all clients away one after another ([`Config::grace`]), and returns when they are gone.
     pub async fn shutdown(mut self) {
         self.accepting.shutdown().await;
-        self.server.close_all();
+        self.server.shutdown(self.grace).await;
+        self.kept.shutdown().await;
         self.connections.close();
         if tokio::time::timeout(Duration::from_secs(5), self.connections.wait()).await.is_err() {
             tracing::warn!("connections are still open after five seconds");
         }
-    }
-}
-
-/// Asks a URL whether a client may use the relay. No answer in time means no.
-#[derive(Debug)]
-struct Verify {
-    authority: String,
-    path: String,
-}
-
-impl Verify {
-    fn new(url: &str) -> Result<Self, Error> {
-        let wrong = || Error::Setting(format!("--verify-url {url:?}: expected http://HOST:PORT/PATH"));
-        let parsed: hyper::Uri = url.parse().map_err(|_| wrong())?;
-        let authority = parsed.authority().filter(|_| parsed.scheme_str() == Some("http")).ok_or_else(wrong)?;
-        let authority = if authority.port().is_some() { authority.to_string() } else { format!("{authority}:80") };
-        let path = parsed.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string);
-        Ok(Self { authority, path })
-    }
-
-    async fn ask(&self, applicant: Applicant) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
-        let question = RelayAdmissionRequest { node_public: applicant.node, source: applicant.address.to_string() };
-        let stream = TcpStream::connect(&self.authority).await?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let request = Request::post(&self.path)
-            .header(hyper::header::HOST, &self.authority)
-            .header(hyper::header::CONTENT_TYPE, "application/json")
-            .body(Full::new(Bytes::from(serde_json::to_vec(&question)?)))?;
-        // The connection ends when the exchange drops its sender; an answer that came before an early end still counts.
-        let exchange = async move {
-            let answer = sender.send_request(request).await?;
-            let body = Limited::new(answer.into_body(), 64 * 1024).collect().await?;
-            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(body.to_bytes())
-        };
-        let (body, _) = tokio::join!(exchange, connection);
-        Ok(mesh_derp::json::from_slice::<RelayAdmission>(&body?)?.allow)
-    }
-}
-
-impl Admission for Verify {
-    fn admit(&self, applicant: Applicant) -> Pin<Box<dyn Future<Output = bool> + Send + '_>> {
-        Box::pin(async move {
-            match tokio::time::timeout(VERIFY_TIMEOUT, self.ask(applicant)).await {
-                Ok(Ok(allow)) => allow,
-                Ok(Err(error)) => {
-                    tracing::warn!(authority = %self.authority, %error, "nobody can be let in: the verifying URL fails");
-                    false
-                }
-                Err(_) => {
-                    tracing::warn!(authority = %self.authority, "nobody can be let in: the verifying URL is silent");
-                    false
-                }
-            }
-        })
     }
 }
