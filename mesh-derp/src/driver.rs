@@ -12,6 +12,8 @@ use tokio::net::TcpStream;
 
 pub mod client;
 #[cfg(feature = "server")]
+mod counter;
+#[cfg(feature = "server")]
 pub mod listener;
 #[cfg(feature = "server")]
 pub mod server;

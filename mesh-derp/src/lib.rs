@@ -8,6 +8,8 @@ pub mod frame;
 pub mod json;
 pub mod login;
 pub mod map;
+pub mod metrics;
+pub mod proxied;
 pub mod proxy;
 pub mod queue;
 mod random;

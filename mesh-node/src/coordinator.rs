@@ -171,9 +171,7 @@ async fn accept(
 
 async fn serve(incoming: Incoming, control: Arc<control::Coordinator>, relay: Option<Arc<RelayServer>>) {
     match relay {
-        Some(relay) if RelayServer::handles(&incoming.head) => {
-            relay.serve(incoming.stream, incoming.head, incoming.peer_addr).await;
-        }
+        Some(relay) if RelayServer::handles(&incoming.head) => relay.serve(incoming).await,
         _ => {
             let from = incoming.peer_addr;
             control.serve_stream(incoming.into_replay(), from).await;

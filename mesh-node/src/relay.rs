@@ -141,7 +141,7 @@ impl Relay {
         accepting.spawn(async move {
             loop {
                 let incoming = acceptor.next().await;
-                tracker.spawn(Arc::clone(&relay).serve(incoming.stream, incoming.head, incoming.peer_addr));
+                tracker.spawn(Arc::clone(&relay).serve(incoming));
             }
         });
         let (mut kept, grace) = (JoinSet::new(), config.grace);

@@ -1,38 +1,79 @@
 //! Accepting connections: TLS and plain HTTP on one port.
 //!
 //! The first byte tells which it is: 0x16 opens a TLS handshake and no HTTP request. TLS handshake and request head are
-//! read beside the accepting, many at a time and each within [`Timing`], so a client that dawdles delays nobody.
+//! read beside the accepting, many at a time and each within [`Settings`], so a client that dawdles delays nobody.
+//!
+//! A connection that says nothing costs its socket, one small task and its place in the [`Lobby`](crate::server::Lobby),
+//! which decides who goes when there are too many; nothing is set up for TLS before the first byte is there. It keeps that
+//! place beyond this module, until it has logged in: [`Incoming`] carries it on.
+//!
+//! Behind a load balancer that speaks the [PROXY protocol](crate::proxied), clients have the addresses that it announces.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use ipnet::IpNet;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-use super::stream::{Rewind, Transport, read_request_head};
-use super::tls_stream::{self, TlsStream};
+use super::now;
+use super::stream::{Rewind, Transport};
+use super::tls_stream;
+use crate::server::{AcceptLimit, AcceptLimiter, Limits};
 use crate::upgrade::RequestHead;
 
-/// How long a new connection may take, and how many may be on their way at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timing {
-    /// From accepting to the first byte and the end of the TLS handshake.
+mod counters;
+mod door;
+mod open;
+
+pub use counters::{ListenerCounters, Watch};
+pub use door::Place;
+
+use door::Door;
+
+/// How long a new connection may take, and how many may be on their way at once. The defaults suit a public relay.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// From accepting to the first byte, and from there to the end of the TLS handshake. 20 s, since some clients open a
+    /// connection ahead of its use.
     pub handshake: Duration,
-    /// From there to the end of the request head.
+    /// From there to the end of the request head. 20 s.
     pub head: Duration,
-    /// Connections between accepting and the end of the head. Further ones wait in the kernel's queue.
-    pub underway: usize,
+    /// How many connections may be underway to a login.
+    pub limits: Limits,
+    /// How many connections are served in a second; what is beyond is closed at once. No limit by default.
+    pub accept: AcceptLimit,
+    /// Proxies that announce their clients with the PROXY protocol. Every connection from there has to begin with such a
+    /// header, and none from elsewhere may. Default none.
+    pub proxies: Vec<IpNet>,
 }
 
-impl Default for Timing {
-    /// 20 s for each step, since some clients open a connection ahead of its use; 1024 at once.
+impl Default for Settings {
     fn default() -> Self {
-        Self { handshake: Duration::from_secs(20), head: Duration::from_secs(20), underway: 1024 }
+        Self {
+            handshake: Duration::from_secs(20),
+            head: Duration::from_secs(20),
+            limits: Limits::default(),
+            accept: AcceptLimit { per_second: 0, burst: 0 },
+            proxies: Vec::new(),
+        }
     }
+}
+
+impl Settings {
+    fn is_proxy(&self, address: IpAddr) -> bool {
+        contains(&self.proxies, address)
+    }
+}
+
+/// Whether one of `networks` holds `address`, also where an IPv4 address is written as one of IPv6.
+pub(crate) fn contains(networks: &[IpNet], address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    networks.iter().any(|network| network.contains(&address))
 }
 
 /// A connection whose request head has been read.
@@ -42,7 +83,7 @@ pub struct Incoming {
     pub head: RequestHead,
     /// What follows it.
     pub stream: Rewind<Transport>,
-    /// The client's address.
+    /// The client's address; the announced one if it came through a trusted proxy.
     pub peer_addr: SocketAddr,
     /// Our address it connected to.
     pub local_addr: SocketAddr,
@@ -50,6 +91,8 @@ pub struct Incoming {
     pub tls: bool,
     /// The head as it came.
     pub head_bytes: Bytes,
+    /// Its place among those that have not logged in, given up when dropped.
+    pub place: Place,
 }
 
 impl Incoming {
@@ -66,8 +109,10 @@ impl Incoming {
 pub struct Acceptor {
     listeners: Vec<TcpListener>,
     tls: Option<Arc<ServerConfig>>,
-    timing: Timing,
-    underway: JoinSet<Option<Incoming>>,
+    settings: Arc<Settings>,
+    limiter: AcceptLimiter,
+    door: Arc<Door>,
+    underway: JoinSet<Option<Box<Incoming>>>,
 }
 
 impl Acceptor {
@@ -90,14 +135,23 @@ impl Acceptor {
     /// Takes sockets that already listen.
     #[must_use]
     pub fn from_listeners(listeners: Vec<TcpListener>, tls: Option<Arc<ServerConfig>>) -> Self {
-        let tls = tls.map(tls_stream::lean_config);
-        Self { listeners, tls, timing: Timing::default(), underway: JoinSet::new() }
+        let none = Self {
+            listeners,
+            tls: tls.map(tls_stream::lean_config),
+            settings: Arc::default(),
+            limiter: AcceptLimiter::new(now(), AcceptLimit { per_second: 0, burst: 0 }),
+            door: Door::new(Limits::default()),
+            underway: JoinSet::new(),
+        };
+        none.with_settings(Settings::default())
     }
 
-    /// The same with other limits.
+    /// The same with other settings. Call it before the first connection.
     #[must_use]
-    pub fn with_timing(mut self, timing: Timing) -> Self {
-        self.timing = timing;
+    pub fn with_settings(mut self, settings: Settings) -> Self {
+        self.door = Door::new(settings.limits);
+        self.limiter = AcceptLimiter::new(now(), settings.accept);
+        self.settings = Arc::new(settings);
         self
     }
 
@@ -109,37 +163,62 @@ impl Acceptor {
         self.listeners.iter().map(TcpListener::local_addr).collect()
     }
 
+    /// What it counts, to be looked at while it accepts.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.door))
+    }
+
     /// The next connection whose request head is there. Connections that fail before that are dropped with a trace
-    /// line. Safe to cancel. Has to be polled for connections to make progress.
+    /// line and a counter. Safe to cancel. Has to be polled for connections to make progress.
     pub async fn next(&mut self) -> Incoming {
         loop {
-            let room = self.underway.len() < self.timing.underway;
+            let (room, wake) = self.door.plan(now());
             tokio::select! {
                 Some(finished) = self.underway.join_next(), if !self.underway.is_empty() => {
                     match finished {
-                        Ok(Some(incoming)) => return incoming,
+                        Ok(Some(incoming)) => return *incoming,
                         Ok(None) => {}
                         Err(error) => tracing::error!(%error, "reading a request head failed"),
                     }
                 }
                 accepted = accept_any(&self.listeners), if room => match accepted {
-                    Ok((stream, peer)) => {
-                        let (tls, timing) = (self.tls.clone(), self.timing);
-                        self.underway.spawn(async move {
-                            open(stream, peer, tls, timing).await.unwrap_or_else(|error| {
-                                tracing::debug!(%peer, %error, "connection dropped before its request");
-                                None
-                            })
-                        });
-                    }
-                    Err(error) => {
-                        // Out of descriptors, mostly: accepting at once again would spin.
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
+                    Ok((stream, peer)) => self.admit(stream, peer),
+                    Err(error) => self.cannot_accept(&error).await,
                 },
+                () = self.door.changed(), if !room => {}
+                () = sleep_until(wake), if wake.is_some() => {}
             }
         }
+    }
+
+    fn admit(&mut self, stream: TcpStream, peer: SocketAddr) {
+        let counters = self.door.counters();
+        counters.accepted.add(1);
+        if !self.limiter.admits(now()) {
+            counters.refused_rate.add(1);
+            return;
+        }
+        let announced = self.settings.is_proxy(peer.ip());
+        let Some(place) = self.door.enter((!announced).then(|| peer.ip())) else {
+            counters.refused_source.add(1);
+            tracing::debug!(%peer, "connection refused: its address has too many that have not logged in");
+            return;
+        };
+        let opening = open::Opening { stream, peer, place, announced };
+        self.underway.spawn(open::open(opening, self.tls.clone(), Arc::clone(&self.settings)));
+    }
+
+    async fn cannot_accept(&self, error: &io::Error) {
+        /// The process, and the system, have no descriptor left. The same numbers on Linux, the BSDs and macOS.
+        const NO_DESCRIPTOR: [i32; 2] = [24, 23];
+        self.door.counters().accept_errors.add(1);
+        let freed = error.raw_os_error().is_some_and(|code| NO_DESCRIPTOR.contains(&code)) && self.door.make_room();
+        if !freed {
+            tracing::warn!(%error, "cannot accept a connection");
+        }
+        // Accepting at once again would spin; whoever is shown out needs a moment to go.
+        tokio::time::sleep(Duration::from_millis(if freed { 1 } else { 50 })).await;
     }
 }
 
@@ -155,31 +234,9 @@ async fn accept_any(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketA
     .await
 }
 
-async fn open(
-    stream: TcpStream,
-    peer_addr: SocketAddr,
-    tls: Option<Arc<ServerConfig>>,
-    timing: Timing,
-) -> io::Result<Option<Incoming>> {
-    super::tune(&stream, super::SERVER_PATIENCE);
-    let local_addr = stream.local_addr()?;
-    let mut transport = tokio::time::timeout(timing.handshake, secure(stream, tls)).await??;
-    let head = tokio::time::timeout(timing.head, read_request_head(&mut transport)).await??;
-    let Some((head, head_bytes, rest)) = head else { return Ok(None) };
-    let tls = matches!(transport, Transport::Tls(_));
-    Ok(Some(Incoming { head, stream: Rewind::new(rest, transport), peer_addr, local_addr, tls, head_bytes }))
-}
-
-async fn secure(stream: TcpStream, tls: Option<Arc<ServerConfig>>) -> io::Result<Transport> {
-    const TLS_HANDSHAKE: u8 = 0x16;
-    let mut first = [0; 1];
-    let is_tls = stream.peek(&mut first).await? == 1 && first[0] == TLS_HANDSHAKE;
-    match tls {
-        Some(config) if is_tls => {
-            let (secured, _) = TlsStream::accept(config, stream).await?;
-            Ok(Transport::Tls(Box::new(secured)))
-        }
-        None if is_tls => Err(io::Error::new(io::ErrorKind::InvalidData, "a TLS client on a port without TLS")),
-        Some(_) | None => Ok(Transport::Plain(stream)),
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
     }
 }

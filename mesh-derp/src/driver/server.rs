@@ -150,7 +150,8 @@ impl RelayServer {
     #[must_use]
     pub fn counters(&self) -> Counters {
         let registry = self.registry();
-        self.counters.snapshot(registry.connections(), registry.nodes())
+        let (connections, nodes) = (registry.connections() as u64, registry.nodes() as u64);
+        Counters { connections, nodes, ..self.counters.snapshot() }
     }
 
     /// Whether a node is connected.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use mesh_derp::driver::listener::Timing;
+use mesh_derp::driver::listener::Settings;
 use mesh_derp::frame::Frame;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -80,8 +80,8 @@ fn resident() -> usize {
 const MIB: usize = 1024 * 1024;
 const FAST: &[u8] = b"GET /derp HTTP/1.1\r\nUpgrade: DERP\r\nDerp-Fast-Start: 1\r\n\r\n";
 
-fn brief() -> Timing {
-    Timing { handshake: Duration::from_secs(1), head: Duration::from_secs(1), ..Timing::default() }
+fn brief() -> Settings {
+    Settings { handshake: Duration::from_secs(1), head: Duration::from_secs(1), ..Settings::default() }
 }
 
 #[tokio::test]

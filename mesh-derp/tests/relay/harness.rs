@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use mesh_derp::driver::client::{Options, RelayClient, RelayEvent};
-use mesh_derp::driver::listener::{Acceptor, Timing};
+use mesh_derp::driver::listener::{Acceptor, Settings};
 use mesh_derp::driver::server::{Config, Counters, RelayServer};
 use mesh_derp::frame::{Decoder, Frame};
 use mesh_derp::login::ClientInfo;
@@ -79,25 +79,25 @@ impl TestRelay {
     }
 
     pub(crate) async fn start_as(key: RelayPrivate, tls: &ServerTls, config: Config, address: SocketAddr) -> Self {
-        Self::start_listening(key, tls, config, Timing::default(), address).await
+        Self::start_listening(key, tls, config, Settings::default(), address).await
     }
 
     /// One with other limits on what comes before a relay connection.
-    pub(crate) async fn start_timed(timing: Timing) -> Self {
+    pub(crate) async fn start_timed(settings: Settings) -> Self {
         let tls = ServerTls::generate(&["localhost".to_owned()]).unwrap();
-        Self::start_listening(relay_key(), &tls, Config::default(), timing, "127.0.0.1:0".parse().unwrap()).await
+        Self::start_listening(relay_key(), &tls, Config::default(), settings, "127.0.0.1:0".parse().unwrap()).await
     }
 
     async fn start_listening(
         key: RelayPrivate,
         tls: &ServerTls,
         config: Config,
-        timing: Timing,
+        settings: Settings,
         address: SocketAddr,
     ) -> Self {
         let server = RelayServer::new(key, config);
         let tls_config = tls.config(Some(server.public())).unwrap();
-        let mut acceptor = Acceptor::bind(&[address], Some(tls_config)).await.unwrap().with_timing(timing);
+        let mut acceptor = Acceptor::bind(&[address], Some(tls_config)).await.unwrap().with_settings(settings);
         let address = acceptor.local_addrs().unwrap()[0];
         let serving = Arc::clone(&server);
         let accepting = tokio::spawn(async move {
@@ -105,7 +105,7 @@ impl TestRelay {
             let mut connections = JoinSet::new();
             loop {
                 let incoming = acceptor.next().await;
-                connections.spawn(Arc::clone(&serving).serve(incoming.stream, incoming.head, incoming.peer_addr));
+                connections.spawn(Arc::clone(&serving).serve(incoming));
             }
         });
         Self { server, address, pin: tls.pin(), leaf: tls.leaf().clone(), accepting }

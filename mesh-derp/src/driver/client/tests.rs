@@ -12,7 +12,7 @@ async fn relay(port: u16) -> (Arc<RelayServer>, u16) {
     tokio::spawn(async move {
         loop {
             let incoming = acceptor.next().await;
-            tokio::spawn(Arc::clone(&serving).serve(incoming.stream, incoming.head, incoming.peer_addr));
+            tokio::spawn(Arc::clone(&serving).serve(incoming));
         }
     });
     (server, port)

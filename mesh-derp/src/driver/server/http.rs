@@ -21,38 +21,52 @@ use tokio::time::timeout;
 
 use super::RelayServer;
 use super::session::Running;
-use crate::driver::stream::{Rewind, Transport, read_request_head};
+use crate::driver::listener::Incoming;
+use crate::driver::stream::{Duplex, Rewind, Transport, read_request_head};
 use crate::driver::websocket::WebSocket;
 use crate::upgrade::{self, Asked, RequestHead};
 use crate::websocket::{self, Role};
 
 impl RelayServer {
-    /// Answers the request whose `head` was read from `stream`, and those that follow on the same connection, until it
-    /// ends. Never fails: why a connection ended is a trace line and a counter.
+    /// Answers what a listener has read, and the requests that follow on the same connection, until it ends. Never
+    /// fails: why a connection ended is a trace line and a counter.
     ///
     /// Dropping the future ends the connection.
-    pub async fn serve(self: Arc<Self>, stream: Rewind<Transport>, head: RequestHead, peer_addr: SocketAddr) {
+    pub async fn serve(self: Arc<Self>, incoming: Incoming) {
         // Once the connection runs elsewhere, what stands here is small.
-        let running = Box::pin(self.answer_until_upgrade(stream, head, peer_addr)).await;
+        let running = Box::pin(self.answer_until_upgrade(incoming)).await;
         if let Some(running) = running {
             running.wait().await;
         }
     }
 
-    async fn answer_until_upgrade(
-        self: Arc<Self>,
-        mut stream: Rewind<Transport>,
-        mut head: RequestHead,
-        peer_addr: SocketAddr,
-    ) -> Option<Running> {
+    /// Runs a relay connection on a stream that some other HTTP server has answered with 101 to `GET /derp`, as
+    /// [`upgrade::asked`] and [`upgrade::accepted`] say. `peer_addr` is the client's address.
+    ///
+    /// Such a server cannot stay silent, so a request with `Derp-Fast-Start: 1` has to be turned away: clients ask for
+    /// that only where TLS showed them the relay's key ([`ServerTls`](crate::tls::ServerTls)), and are one round trip
+    /// slower where it did not.
+    ///
+    /// Dropping the future ends the connection.
+    pub async fn serve_upgraded(self: Arc<Self>, stream: impl Duplex + 'static, peer_addr: SocketAddr) {
+        let stream = Rewind::new(Bytes::new(), Transport::Other(Box::new(stream)));
+        let asked = Asked::Relay { fast_start: true, not_ideal: false };
+        let running = Box::pin(self.log_in(stream, asked, peer_addr, None)).await;
+        if let Some(running) = running {
+            running.wait().await;
+        }
+    }
+
+    async fn answer_until_upgrade(self: Arc<Self>, incoming: Incoming) -> Option<Running> {
+        let Incoming { mut stream, mut head, peer_addr, mut place, .. } = incoming;
         loop {
             if head.path() == "/derp" {
                 let asked = upgrade::asked(&head);
                 match asked {
-                    Asked::Relay { .. } => return self.log_in(stream, asked, peer_addr).await,
+                    Asked::Relay { .. } => return self.log_in(stream, asked, peer_addr, Some(place)).await,
                     Asked::WebSocket => {
                         let stream = self.carry_in_messages(stream, &head).await?;
-                        return self.log_in(stream, asked, peer_addr).await;
+                        return self.log_in(stream, asked, peer_addr, Some(place)).await;
                     }
                     Asked::NoUpgrade => {}
                 }
@@ -69,13 +83,13 @@ impl RelayServer {
                 let _ = timeout(self.config.write_stall, stream.shutdown()).await;
                 return None;
             }
-            match timeout(self.config.idle_http, read_request_head(&mut stream)).await {
-                Ok(Ok(Some((next, _, rest)))) => {
-                    stream.unread(rest);
-                    head = next;
-                }
-                Ok(Ok(None) | Err(_)) | Err(_) => return None,
-            }
+            let next = tokio::select! {
+                next = timeout(self.config.idle_http, read_request_head(&mut stream)) => next,
+                () = place.shown_out() => return None,
+            };
+            let Ok(Ok(Some((next, _, rest)))) = next else { return None };
+            stream.unread(rest);
+            head = next;
         }
     }
 }

@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::session::{self, Running};
 use super::{Applicant, RelayServer, Verdict};
+use crate::driver::listener::Place;
 use crate::driver::stream::{Rewind, Transport};
 use crate::driver::{make_room, now};
 use crate::login::ClientInfo;
@@ -28,6 +29,8 @@ pub(super) enum Ended {
     Closed,
     #[error("closed by the relay")]
     Dismissed,
+    #[error("its place is needed for another that may log in sooner")]
+    ShownOut,
     #[error("client not admitted")]
     NotAdmitted,
     #[error("client takes no data")]
@@ -39,15 +42,17 @@ pub(super) enum Ended {
 }
 
 impl RelayServer {
-    /// Logs a client in and starts its connection on a shard.
+    /// Logs a client in and starts its connection on a shard. It gives up its `place` among those that have not logged in
+    /// when it has.
     pub(super) async fn log_in(
         self: &Arc<Self>,
         stream: Rewind<Transport>,
         asked: Asked,
         peer: SocketAddr,
+        place: Option<Place>,
     ) -> Option<Running> {
         self.counters.accepts.add(1);
-        match self.admit(stream, asked, peer).await {
+        match self.admit(stream, asked, peer, place).await {
             Ok(running) => Some(running),
             Err(reason) => {
                 self.note_end(peer, &reason);
@@ -58,7 +63,7 @@ impl RelayServer {
 
     pub(super) fn note_end(&self, peer: SocketAddr, reason: &Ended) {
         match reason {
-            Ended::Closed | Ended::Dismissed | Ended::Io(_) => {}
+            Ended::Closed | Ended::Dismissed | Ended::ShownOut | Ended::Io(_) => {}
             Ended::NotAdmitted => self.counters.not_admitted.add(1),
             Ended::Stalled => self.counters.stalled.add(1),
             Ended::Protocol(error) => self.count_error(error),
@@ -96,6 +101,7 @@ impl RelayServer {
         mut stream: Rewind<Transport>,
         asked: Asked,
         peer: SocketAddr,
+        mut place: Option<Place>,
     ) -> Result<Running, Ended> {
         let mut core = Connection::new(now(), self.key.clone(), &mut SystemRng);
         let mut greeting = BytesMut::new();
@@ -106,10 +112,16 @@ impl RelayServer {
             greeting.extend_from_slice(&bytes);
         }
         let login = greet(&mut stream, &mut core, &greeting);
-        let login = tokio::time::timeout(LOGIN_TIMEOUT, login).await;
+        let login = tokio::select! {
+            login = tokio::time::timeout(LOGIN_TIMEOUT, login) => login,
+            () = Place::needed(&mut place) => return Err(Ended::ShownOut),
+        };
         let (node, info) = login.map_err(|_| ServerError::LoginTimeout)??;
         if self.ending.load(Ordering::Acquire) {
             return Err(Ended::Dismissed);
+        }
+        if let Some(place) = &place {
+            place.awaits_admission();
         }
         let guest = self.guest(node, peer, &info, asked);
         if guest.is_relay() {
