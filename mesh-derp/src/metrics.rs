@@ -38,6 +38,12 @@ pub struct Metric {
     pub help: &'static str,
 }
 
+/// Whatever has numbers to show.
+pub trait Source: fmt::Debug + Send + Sync {
+    /// Adds them.
+    fn expose(&self, text: &mut Exposition);
+}
+
 #[derive(Debug)]
 struct Family {
     kind: Kind,

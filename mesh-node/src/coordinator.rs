@@ -111,6 +111,9 @@ impl Coordinator {
 
         let tls = tls.config(relay.as_deref().map(RelayServer::public)).map_err(self::tls)?;
         let acceptor = Acceptor::from_listeners(listeners, Some(tls));
+        if let Some(relay) = &relay {
+            relay.show(acceptor.watch());
+        }
         let mut accepting = JoinSet::new();
         stun.serve(&mut accepting);
         let connections = TaskTracker::new();

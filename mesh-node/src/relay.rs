@@ -134,6 +134,7 @@ impl Relay {
         let server = RelayServer::new(key, settings);
         let tls = tls.config(Some(server.public())).map_err(|error| Error::Tls(error.to_string()))?;
         let mut acceptor = Acceptor::from_listeners(listen::tcp(&config.listen).await?, Some(tls));
+        server.show(acceptor.watch());
         let mut accepting = JoinSet::new();
         Stun::bind(&config.stun).await?.serve(&mut accepting);
         let connections = TaskTracker::new();

@@ -5,12 +5,14 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_noise::key::{NodePublic, RelayPrivate, RelayPublic};
 use tokio::sync::Notify;
 
+use crate::driver::now;
 use crate::login::MeshKey;
+use crate::metrics::Source;
 use crate::queue::Depth;
 use crate::server::{RateLimit, Registry};
 use crate::upgrade::RequestHead;
@@ -34,6 +36,7 @@ pub use admission::{Admission, AllOf, AllowAll, AllowList, AllowListFile, Applic
 pub use admission::{BadVerifyUrl, Unreachable, Verify};
 use counters::Atomics;
 pub use counters::Counters;
+pub use http::{BootstrapDns, Public};
 pub use key::{load_or_generate_key, load_or_generate_mesh_key};
 use outlet::Outlet;
 use region::link::Link;
@@ -63,6 +66,8 @@ pub struct Config {
     pub threads: usize,
     /// How much each client may send. No limit.
     pub rate: RateLimit,
+    /// What its HTTP surface shows besides the relay.
+    pub public: Public,
 }
 
 impl Default for Config {
@@ -76,6 +81,7 @@ impl Default for Config {
             idle_http: Duration::from_secs(30),
             threads: std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2).max(1),
             rate: RateLimit::default(),
+            public: Public::default(),
         }
     }
 }
@@ -101,6 +107,9 @@ pub struct RelayServer {
     rate: Mutex<RateLimit>,
     /// How often that has changed.
     rate_version: AtomicU64,
+    started: Instant,
+    /// What else is shown at `/metrics`.
+    sources: RwLock<Vec<Box<dyn Source>>>,
 }
 
 impl RelayServer {
@@ -119,6 +128,8 @@ impl RelayServer {
             shards: OnceLock::new(),
             rate: Mutex::new(config.rate),
             rate_version: AtomicU64::new(0),
+            started: now(),
+            sources: RwLock::default(),
             config,
         })
     }
@@ -143,7 +154,17 @@ impl RelayServer {
     /// Whether a request is the relay's to answer, for a port that serves other things as well.
     #[must_use]
     pub fn handles(head: &RequestHead) -> bool {
-        matches!(head.path(), "/derp" | "/derp/probe" | "/derp/latency-check" | "/generate_204" | "/robots.txt")
+        matches!(
+            head.path(),
+            "/derp"
+                | "/derp/probe"
+                | "/derp/latency-check"
+                | "/generate_204"
+                | "/bootstrap-dns"
+                | "/robots.txt"
+                | "/healthz"
+                | "/metrics"
+        )
     }
 
     /// What has been counted since the start.

@@ -218,3 +218,20 @@ async fn latency_is_measured_over_tls() {
     let latency = latency_check(&relay.region(), &trusting(), &Proxies::none()).await.unwrap();
     assert!(latency > std::time::Duration::ZERO && latency < PATIENCE, "{latency:?}");
 }
+
+#[tokio::test]
+async fn a_stream_that_another_server_has_upgraded_is_served_like_any_other() {
+    let relay = TestRelay::start().await;
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let serving =
+        tokio::spawn(std::sync::Arc::clone(&relay.server).serve_upgraded(far, "203.0.113.9:1".parse().unwrap()));
+    let mut guest = Raw::new(near);
+    guest.log_in(&node_key(1)).await;
+    let mut other = relay.raw(&node_key(2)).await;
+    let payload = Bytes::from_static(b"from within");
+    guest.send(Frame::SendPacket { destination: node_key(2).public(), payload: payload.clone() }).await;
+    assert_eq!(other.frame().await, Some(Frame::RecvPacket { source: node_key(1).public(), payload }));
+    drop(guest);
+    tokio::time::timeout(PATIENCE, serving).await.expect("it ends with its stream").unwrap();
+    eventually("gone", || (relay.counters().connections == 1).then_some(())).await;
+}

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use mesh_derp::driver::client::{Options, RelayClient, RelayEvent};
-use mesh_derp::driver::listener::{Acceptor, Settings};
+use mesh_derp::driver::listener::{Acceptor, Settings, Watch};
 use mesh_derp::driver::server::{Config, Counters, RelayServer};
 use mesh_derp::frame::{Decoder, Frame};
 use mesh_derp::login::ClientInfo;
@@ -53,6 +53,7 @@ pub(crate) struct TestRelay {
     pub(crate) address: SocketAddr,
     pub(crate) pin: String,
     pub(crate) leaf: rustls::pki_types::CertificateDer<'static>,
+    pub(crate) listener: Watch,
     accepting: tokio::task::JoinHandle<()>,
 }
 
@@ -84,8 +85,12 @@ impl TestRelay {
 
     /// One with other limits on what comes before a relay connection.
     pub(crate) async fn start_timed(settings: Settings) -> Self {
+        Self::start_with_settings(Config::default(), settings).await
+    }
+
+    pub(crate) async fn start_with_settings(config: Config, settings: Settings) -> Self {
         let tls = ServerTls::generate(&["localhost".to_owned()]).unwrap();
-        Self::start_listening(relay_key(), &tls, Config::default(), settings, "127.0.0.1:0".parse().unwrap()).await
+        Self::start_listening(relay_key(), &tls, config, settings, "127.0.0.1:0".parse().unwrap()).await
     }
 
     async fn start_listening(
@@ -99,6 +104,8 @@ impl TestRelay {
         let tls_config = tls.config(Some(server.public())).unwrap();
         let mut acceptor = Acceptor::bind(&[address], Some(tls_config)).await.unwrap().with_settings(settings);
         let address = acceptor.local_addrs().unwrap()[0];
+        let listener = acceptor.watch();
+        server.show(listener.clone());
         let serving = Arc::clone(&server);
         let accepting = tokio::spawn(async move {
             // Aborted together with this task.
@@ -108,7 +115,7 @@ impl TestRelay {
                 connections.spawn(Arc::clone(&serving).serve(incoming));
             }
         });
-        Self { server, address, pin: tls.pin(), leaf: tls.leaf().clone(), accepting }
+        Self { server, address, pin: tls.pin(), leaf: tls.leaf().clone(), listener, accepting }
     }
 
     /// The relay as the only node of region 900, pinned.

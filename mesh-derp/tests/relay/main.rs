@@ -11,6 +11,7 @@ mod faults;
 mod harness;
 mod http;
 mod limits;
+mod listener;
 mod moving;
 mod overload;
 mod proxy;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::door::Door;
 use crate::driver::counter::counters;
-use crate::metrics::{Exposition, Kind, Metric};
+use crate::metrics::{Exposition, Kind, Metric, Source};
 
 counters! {
     /// What a listener has counted since it started, at one moment. All numbers only grow.
@@ -56,9 +56,10 @@ impl Watch {
     pub fn underway(&self) -> usize {
         self.0.len()
     }
+}
 
-    /// Adds the numbers to those that Prometheus reads.
-    pub fn expose(&self, text: &mut Exposition) {
+impl Source for Watch {
+    fn expose(&self, text: &mut Exposition) {
         let help = "Connections that have not logged in.";
         text.add(Metric { name: "mesh_listener_underway", labels: "", kind: Kind::Gauge, help }, self.underway());
         self.counters().expose(text);

@@ -6,9 +6,14 @@
 //! | | with `Upgrade: websocket` and the sub-protocol `derp`, inside WebSocket messages |
 //! | `/derp/probe`, `/derp/latency-check` | 200, empty, for any origin; 405 unless GET or HEAD |
 //! | `/generate_204` | 204; echoes `X-Tailscale-Challenge` of 1 to 64 characters `A-Za-z0-9._:-` |
+//! | `/bootstrap-dns` | addresses of the operator's names, as JSON |
+//! | `/healthz` | 200, or 503 when the relay is about to end |
+//! | `/metrics` | numbers for Prometheus; 403 but for this host and the operator's networks |
 //! | `/robots.txt` | nothing is to be indexed |
-//! | `/` | a line saying what this is |
+//! | `/` | a page saying what this is |
 //! | anything else | 404 |
+//!
+//! Where plain HTTP is redirected, it is but for `/generate_204`, `/healthz` and `/metrics`.
 //!
 //! A connection that was answered may ask again; clients measure latency that way.
 
@@ -26,6 +31,15 @@ use crate::driver::stream::{Duplex, Rewind, Transport, read_request_head};
 use crate::driver::websocket::WebSocket;
 use crate::upgrade::{self, Asked, RequestHead};
 use crate::websocket::{self, Role};
+
+mod answer;
+mod bootstrap;
+mod status;
+
+pub use bootstrap::BootstrapDns;
+pub use status::Public;
+
+use answer::Circumstances;
 
 impl RelayServer {
     /// Answers what a listener has read, and the requests that follow on the same connection, until it ends. Never
@@ -58,9 +72,10 @@ impl RelayServer {
     }
 
     async fn answer_until_upgrade(self: Arc<Self>, incoming: Incoming) -> Option<Running> {
-        let Incoming { mut stream, mut head, peer_addr, mut place, .. } = incoming;
+        let Incoming { mut stream, mut head, peer_addr, local_addr, tls, mut place, .. } = incoming;
         loop {
-            if head.path() == "/derp" {
+            let redirected = !tls && self.config.public.redirect_plain_to.is_some();
+            if head.path() == "/derp" && !redirected {
                 let asked = upgrade::asked(&head);
                 match asked {
                     Asked::Relay { .. } => return self.log_in(stream, asked, peer_addr, Some(place)).await,
@@ -74,7 +89,8 @@ impl RelayServer {
             let keep = head.keeps_alive()
                 && head.header("transfer-encoding").is_none()
                 && head.header("content-length").is_none_or(|length| length == "0");
-            let answer = answer(&head, keep);
+            let keep = keep && head.path() != "/bootstrap-dns";
+            let answer = answer::to(&self, &head, &Circumstances { peer: peer_addr, tls, local: local_addr, keep });
             let written = async {
                 stream.write_all(&answer).await?;
                 stream.flush().await
@@ -111,51 +127,5 @@ impl RelayServer {
         let written = timeout(self.config.write_stall, written).await;
         let carried = || Transport::Other(Box::new(WebSocket::new(stream, Role::Server)));
         (opened && matches!(written, Ok(Ok(())))).then(|| Rewind::new(Bytes::new(), carried()))
-    }
-}
-
-fn answer(head: &RequestHead, keep: bool) -> Vec<u8> {
-    let head_only = head.method == "HEAD";
-    let reading = head_only || head.method == "GET";
-    let connection = ("Connection", if keep { "keep-alive" } else { "close" });
-    let text = ("Content-Type", "text/plain; charset=utf-8");
-    match head.path() {
-        "/derp" => {
-            upgrade::response(426, "Upgrade Required", &[text, connection], "DERP requires an upgrade\n", head_only)
-        }
-        "/derp/probe" | "/derp/latency-check" if reading => {
-            upgrade::response(200, "OK", &[("Access-Control-Allow-Origin", "*"), connection], "", head_only)
-        }
-        "/derp/probe" | "/derp/latency-check" => {
-            upgrade::response(405, "Method Not Allowed", &[text, connection], "GET or HEAD only\n", head_only)
-        }
-        "/generate_204" => {
-            let echo = head.header("x-tailscale-challenge").filter(|challenge| is_challenge(challenge));
-            let echo = echo.map(|challenge| format!("response {challenge}"));
-            let mut headers =
-                vec![("Cache-Control", "no-cache, no-store, must-revalidate, no-transform, max-age=0"), connection];
-            if let Some(echo) = &echo {
-                headers.push(("X-Tailscale-Response", echo));
-            }
-            upgrade::response(204, "No Content", &headers, "", true)
-        }
-        "/robots.txt" => upgrade::response(200, "OK", &[text, connection], "User-agent: *\nDisallow: /\n", head_only),
-        "/" => upgrade::response(200, "OK", &[text, connection], "This is a mesh relay (DERP).\n", head_only),
-        _ => upgrade::response(404, "Not Found", &[text, connection], "not found\n", head_only),
-    }
-}
-
-fn is_challenge(text: &str) -> bool {
-    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:-".contains(&b))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn challenges_are_filtered() {
-        assert!(is_challenge("ts_relay.example:443-x".replace('_', "-").as_str()));
-        assert!(!is_challenge("") && !is_challenge("a b") && !is_challenge(&"a".repeat(65)));
     }
 }

@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::BytesMut;
 use mesh_noise::key::NodePublic;
@@ -117,7 +116,7 @@ impl RelayServer {
             () = Place::needed(&mut place) => return Err(Ended::ShownOut),
         };
         let (node, info) = login.map_err(|_| ServerError::LoginTimeout)??;
-        if self.ending.load(Ordering::Acquire) {
+        if self.is_ending() {
             return Err(Ended::Dismissed);
         }
         if let Some(place) = &place {

@@ -17,6 +17,11 @@ const NOTICE: Duration = Duration::from_millis(100);
 const TRY_FOR: Duration = Duration::from_secs(5);
 
 impl RelayServer {
+    /// Nobody is let in any more, which `/healthz` says, so that nobody new is sent here.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
     /// Ends the relay gently: lets nobody in any more, tells every client that understands it when to reconnect, each at
     /// a time of its own, and ends each connection at that time. Returns when all are asked to end, after 0.1 s and a
     /// millisecond a client, but `grace` at most: at once if nobody is connected. Packets flow until a connection ends, also to and from
