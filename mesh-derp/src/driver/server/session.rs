@@ -37,8 +37,6 @@ const KEEP_ALIVE_SPREAD: Duration = Duration::from_secs(5);
 const BRIEF: Duration = Duration::from_millis(20);
 /// How long another relay of the region may take no byte, at least: a pause of its is no reason to part.
 const RELAY_STALL: Duration = Duration::from_secs(30);
-/// Who has no more to say than this when it is read is not made to wait for its turn.
-const LITTLE: usize = 8 * 1024;
 /// So little room is not worth another read.
 const SHORT: usize = 2 * 1024;
 /// Receivers that a connection remembers having given a packet to.
@@ -225,7 +223,7 @@ impl Session {
         match self.registration.outlet.sleep(cx.waker(), wrote == Written::All) {
             Sleep::Closing => return Err(Ended::Dismissed),
             Sleep::Not => cx.waker().wake_by_ref(),
-            Sleep::Until if read || wrote == Written::More => cx.waker().wake_by_ref(),
+            Sleep::Until if read || wrote == Written::More => after_events(cx),
             Sleep::Until => {}
         }
         Ok(())
@@ -303,6 +301,8 @@ impl Session {
         if let Reading::Waiting(awaited) = &mut self.reading {
             let Poll::Ready(permit) = awaited.as_mut().poll(cx) else { return Ok(false) };
             self.reading = permit.map_or(Reading::Free, Reading::Turn);
+            after_events(cx);
+            return Ok(false);
         }
         if matches!(self.reading, Reading::Turn(_)) {
             self.paused_until = turns.wait(at);
@@ -331,9 +331,9 @@ impl Session {
         if read == 0 {
             slab::give_back(unit);
         } else {
-            *self.core.read_buffer() = unit;
+            let lent = slab::lend(unit, self.core.read_buffer());
             let taken = self.take_frames(at);
-            slab::keep_rest(self.core.read_buffer());
+            slab::keep_rest(self.core.read_buffer(), lent);
             self.paused_until = taken?;
         }
         if let Some(Err(ended)) = end {
@@ -343,7 +343,7 @@ impl Session {
             self.registration.server.counters.pauses.add(1);
         }
         if end.is_some() || self.paused_until.is_some() {
-            self.reading = if read < LITTLE { Reading::Free } else { Reading::Dry };
+            self.reading = if read < slab::LITTLE { Reading::Free } else { Reading::Dry };
             return Ok(false);
         }
         self.await_turn(cx, turns);
@@ -490,6 +490,11 @@ impl Session {
         self.routes.remember(Route { node, id, outlet: Arc::clone(&outlet) });
         Some((id, outlet))
     }
+}
+
+/// Lets the task run again once the shard has looked for events, and has let those run that they woke.
+fn after_events(cx: &mut Context<'_>) {
+    let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
 }
 
 /// Packets in a row for one destination.

@@ -29,10 +29,8 @@ use tokio::sync::{Semaphore, oneshot};
 use super::cpu::{self, LimitFiles};
 use crate::server::Headroom;
 
-/// Tasks that run before the shard looks for new events: few, so that a connection that has become readable while others
-/// are busy is seen soon.
-const TASKS_BETWEEN_EVENTS: u32 = 2;
-
+/// Tasks that run before the shard looks for new events, at most: bulk connections let it look before each unit anyway.
+const TASKS_BETWEEN_EVENTS: u32 = 16;
 /// How often the limit of CPU time is looked up.
 const LIMIT_AGE: Duration = Duration::from_millis(100);
 

@@ -7,12 +7,14 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 
-use bytes::{Buf, BytesMut};
+use bytes::BytesMut;
 
 /// How much is read from a connection, or handed to a socket, at once: four TLS records.
 pub(super) const UNIT: usize = 64 * 1024;
+/// So little is not worth a buffer.
+pub(super) const LITTLE: usize = 8 * 1024;
 /// Buffers that each thread keeps for later.
-const KEPT: usize = 8;
+const KEPT: usize = 16;
 /// How many of them are looked at before a new one is made: the longest unused are the likeliest to be free.
 const TRIED: usize = 2;
 
@@ -45,10 +47,33 @@ pub(super) fn give_back(mut buffer: BytesMut) {
     });
 }
 
-/// Takes `buffer`'s place with no more than what is left in it, and gives the rest back.
-pub(super) fn keep_rest(buffer: &mut BytesMut) {
-    let rest = if buffer.is_empty() { BytesMut::new() } else { BytesMut::from(buffer.chunk()) };
-    give_back(std::mem::replace(buffer, rest));
+/// What has been read, on its way through a connection's decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lent {
+    /// The buffer itself.
+    Whole,
+    /// A copy: it was so little that a packet of it would keep a whole buffer from being used again until it is written.
+    Copy,
+}
+
+/// Moves what has been read into `buffer`.
+pub(super) fn lend(unit: BytesMut, buffer: &mut BytesMut) -> Lent {
+    if unit.len() > LITTLE {
+        *buffer = unit;
+        return Lent::Whole;
+    }
+    *buffer = BytesMut::from(&unit[..]);
+    give_back(unit);
+    Lent::Copy
+}
+
+/// Leaves in `buffer` no more than what has not been taken from it.
+pub(super) fn keep_rest(buffer: &mut BytesMut, lent: Lent) {
+    let rest = if buffer.is_empty() { BytesMut::new() } else { BytesMut::from(&buffer[..]) };
+    let used = std::mem::replace(buffer, rest);
+    if lent == Lent::Whole {
+        give_back(used);
+    }
 }
 
 #[cfg(test)]
@@ -61,12 +86,24 @@ mod tests {
         first.extend_from_slice(b"packet and rest");
         let at = first.as_ptr();
         let packet = first.split_to(6).freeze();
-        keep_rest(&mut first);
+        keep_rest(&mut first, Lent::Whole);
         assert_eq!(&first[..], b" and rest");
         let second = take();
         assert_ne!(second.as_ptr(), at, "the packet is still somewhere");
         drop(packet);
         assert_eq!(take().as_ptr(), at);
+    }
+
+    #[test]
+    fn little_leaves_its_buffer_at_once() {
+        let mut unit = take();
+        unit.extend_from_slice(b"packet");
+        let (at, mut buffer) = (unit.as_ptr(), BytesMut::new());
+        let lent = lend(unit, &mut buffer);
+        let packet = buffer.split_to(6).freeze();
+        assert_eq!((lent, take().as_ptr()), (Lent::Copy, at));
+        keep_rest(&mut buffer, lent);
+        assert_eq!((&packet[..], buffer.capacity()), (&b"packet"[..], 0));
     }
 
     #[test]
