@@ -23,6 +23,7 @@ mod cpu;
 mod http;
 mod key;
 mod login;
+mod moderation;
 mod outlet;
 mod region;
 mod restart;

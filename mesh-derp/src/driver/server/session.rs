@@ -331,6 +331,7 @@ impl Session {
         if read == 0 {
             slab::give_back(unit);
         } else {
+            turns.note_unit();
             let lent = slab::lend(unit, self.core.read_buffer());
             let taken = self.take_frames(at);
             slab::keep_rest(self.core.read_buffer(), lent);

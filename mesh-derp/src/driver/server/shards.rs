@@ -27,6 +27,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::cpu::{self, LimitFiles};
+use super::moderation::Moderation;
 use crate::server::Headroom;
 
 /// Tasks that run before the shard looks for new events, at most: bulk connections let it look before each unit anyway.
@@ -41,6 +42,7 @@ pub(super) struct Turns {
     free: Arc<Semaphore>,
     /// One for all shards, since the limit is for all.
     budget: Arc<Mutex<Budget>>,
+    moderation: Arc<Moderation>,
 }
 
 #[derive(Debug)]
@@ -52,7 +54,13 @@ struct Budget {
 
 impl Turns {
     fn new(budget: &Arc<Mutex<Budget>>) -> Arc<Self> {
-        Arc::new(Self { free: Arc::new(Semaphore::new(1)), budget: Arc::clone(budget) })
+        let (free, moderation) = (Arc::new(Semaphore::new(1)), Arc::default());
+        Arc::new(Self { free, budget: Arc::clone(budget), moderation })
+    }
+
+    /// A unit has been read.
+    pub(super) fn note_unit(&self) {
+        self.moderation.note_unit();
     }
 
     /// What a bulk connection has to hold while it is read.
@@ -68,7 +76,9 @@ impl Turns {
             let limit = budget.files.read();
             budget.headroom.set_limit(limit);
         }
-        if budget.headroom.is_limited() { budget.headroom.wait(now, cpu::used()) } else { None }
+        let limited = budget.headroom.is_limited();
+        self.moderation.set_short(limited);
+        if limited { budget.headroom.wait(now, cpu::used()) } else { None }
     }
 }
 
@@ -83,8 +93,11 @@ pub(super) struct Shard {
 
 impl Shard {
     fn start(number: usize, budget: &Arc<Mutex<Budget>>) -> io::Result<Self> {
+        let turns = Turns::new(budget);
+        let moderation = Arc::clone(&turns.moderation);
         let runtime = Builder::new_current_thread()
             .enable_all()
+            .on_thread_park(move || moderation.before_park())
             .event_interval(TASKS_BETWEEN_EVENTS)
             .global_queue_interval(TASKS_BETWEEN_EVENTS)
             .build()?;
@@ -94,7 +107,7 @@ impl Shard {
         thread.spawn(move || {
             let _ = runtime.block_on(stopped);
         })?;
-        Ok(Self { runtime: handle, turns: Turns::new(budget), _stop: Some(stop) })
+        Ok(Self { runtime: handle, turns, _stop: Some(stop) })
     }
 
     /// The caller's runtime.
