@@ -3,6 +3,8 @@
 //! [`listener`] accepts connections and reads their HTTP request heads, [`server`] is the relay behind it, [`client`] is
 //! one node's connection to a region. [`tls_stream`] is what both put between TCP and HTTP.
 
+#[cfg(feature = "server")]
+use std::time::SystemTime;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
@@ -10,6 +12,10 @@ use mesh_noise::random::SystemRng;
 use rand_core::Rng;
 use tokio::net::TcpStream;
 
+#[cfg(feature = "acme")]
+pub mod acme;
+#[cfg(feature = "server")]
+pub mod certificates;
 pub mod client;
 #[cfg(feature = "server")]
 mod counter;
@@ -27,6 +33,13 @@ pub use stream::{Detached, Duplex, Rewind, Transport, read_request_head};
 #[expect(clippy::disallowed_methods, reason = "the drivers' one clock")]
 pub(crate) fn now() -> Instant {
     Instant::now()
+}
+
+/// What certificates are dated by.
+#[cfg(feature = "server")]
+#[expect(clippy::disallowed_methods, reason = "certificates are valid by the calendar")]
+pub(crate) fn wall_clock() -> SystemTime {
+    SystemTime::now()
 }
 
 /// A number from 0 up to, but not including, 1.

@@ -2,8 +2,8 @@
 //!
 //! A DERP map says for each node which certificate to expect ([`CertCheck`]): one for its name issued by a trusted root,
 //! one particular certificate by its SHA-256 (a *pin*), or, in tests, any. [`ClientTls::for_node`] turns that into a
-//! rustls configuration. `ServerTls` (feature `server`) loads or makes a certificate and appends the
-//! [meta-certificate](crate::x509).
+//! rustls configuration. `ServerTls` (feature `server`) loads or makes a certificate; `CurrentCertificate` shows it with
+//! the [meta-certificate](crate::x509) appended, and can be given another one while connections come and go.
 //!
 //! # Pins and the meta-certificate
 //! Every relay shows two certificates: its own and the meta-certificate. A pin therefore means: the *first* certificate,
@@ -26,9 +26,15 @@ use rustls::{CipherSuite, ClientConfig, RootCertStore};
 use crate::map::{BadPin, CertCheck, DerpNode};
 
 #[cfg(feature = "server")]
+mod current;
+#[cfg(feature = "server")]
 mod server;
+#[cfg(feature = "acme")]
+pub(crate) mod validation;
 mod verify;
 
+#[cfg(feature = "server")]
+pub use current::CurrentCertificate;
 #[cfg(feature = "server")]
 pub use server::ServerTls;
 use verify::{AnyVerifier, ListedVerifier, NamedVerifier, PinVerifier};
@@ -59,6 +65,9 @@ pub enum TlsError {
     /// A name cannot be sent or verified.
     #[error("\"{0}\" is neither a DNS name nor an address")]
     Name(String),
+    /// That URL is no authority's directory.
+    #[error("\"{0}\" is not the https:// URL of an authority's directory")]
+    Directory(String),
     /// rustls refuses the configuration.
     #[error("tls: {0}")]
     Rustls(#[from] rustls::Error),
@@ -209,10 +218,14 @@ fn read_file(path: &Path) -> Result<Vec<u8>, TlsError> {
 }
 
 fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    certificates_in(&read_file(path)?, path)
+}
+
+/// The certificates in `text`, which stands in `path`.
+pub(crate) fn certificates_in(text: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let content = |reason: String| TlsError::Content { path: path.to_owned(), reason };
-    let text = read_file(path)?;
     let certificates: Vec<_> =
-        CertificateDer::pem_slice_iter(&text).collect::<Result<_, _>>().map_err(|error| content(error.to_string()))?;
+        CertificateDer::pem_slice_iter(text).collect::<Result<_, _>>().map_err(|error| content(error.to_string()))?;
     if certificates.is_empty() {
         return Err(content("no certificate in it".to_owned()));
     }

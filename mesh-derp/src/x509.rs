@@ -8,13 +8,15 @@
 //! | subject and issuer | common name `derpkey` followed by the relay's key, 64 hex digits |
 //! | serial number | version of the relay protocol, 2 |
 //! | key | Ed25519, fresh, self-signed |
-//! | validity | 30 days before to 30 days after the relay started; clients do not look |
+//! | validity | 30 days before to 30 days after it was made; clients do not look |
 //!
 //! A client uses it only under TLS 1.3, where certificates are encrypted, and then starts fast (see
 //! [`upgrade`](crate::upgrade)). Whoever checks a chain has to leave it out.
 //!
 //! What is read here, of RFC 5280 §4.1: `Certificate ::= SEQUENCE { tbsCertificate SEQUENCE { [0] version, serialNumber,
 //! signature, issuer, validity SEQUENCE { notBefore, notAfter }, subject, … }, … }`. Signatures are not checked here.
+
+use std::time::{Duration, SystemTime};
 
 use mesh_noise::key::RelayPublic;
 
@@ -58,6 +60,32 @@ pub fn facts(der: &[u8]) -> Option<Facts<'_>> {
     let not_after = time(validity.next()?)?;
     let subject = tbs.expect(SEQUENCE)?;
     Some(Facts { serial, common_name: common_name(subject), not_before, not_after })
+}
+
+/// From when to when a certificate is valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Validity {
+    /// First moment.
+    pub not_before: SystemTime,
+    /// Last moment.
+    pub not_after: SystemTime,
+}
+
+impl Validity {
+    /// How long that still is.
+    #[must_use]
+    pub fn left(&self, now: SystemTime) -> Duration {
+        self.not_after.duration_since(now).unwrap_or_default()
+    }
+}
+
+/// From when to when a certificate in DER form is valid; `None` if it is none. What lies before 1970 is taken for 1970.
+#[must_use]
+pub fn validity(der: &[u8]) -> Option<Validity> {
+    let facts = facts(der)?;
+    let moment =
+        |seconds: i64| SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or_default());
+    Some(Validity { not_before: moment(facts.not_before), not_after: moment(facts.not_after) })
 }
 
 /// The relay key in a meta-certificate and the protocol version it names; `None` if it is another certificate.

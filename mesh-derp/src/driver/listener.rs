@@ -24,6 +24,8 @@ use super::now;
 use super::stream::{Rewind, Transport};
 use super::tls_stream;
 use crate::server::{AcceptLimit, AcceptLimiter, Limits};
+#[cfg(feature = "acme")]
+use crate::tls::CurrentCertificate;
 use crate::upgrade::RequestHead;
 
 mod counters;
@@ -113,6 +115,9 @@ pub struct Acceptor {
     limiter: AcceptLimiter,
     door: Arc<Door>,
     underway: JoinSet<Option<Box<Incoming>>>,
+    /// Whose answers to authorities are given.
+    #[cfg(feature = "acme")]
+    answering: Option<Arc<CurrentCertificate>>,
 }
 
 impl Acceptor {
@@ -142,8 +147,19 @@ impl Acceptor {
             limiter: AcceptLimiter::new(now(), AcceptLimit { per_second: 0, burst: 0 }),
             door: Door::new(Limits::default()),
             underway: JoinSet::new(),
+            #[cfg(feature = "acme")]
+            answering: None,
         };
         none.with_settings(Settings::default())
+    }
+
+    /// The same, answering authorities that validate the names of `current` by HTTP-01. Those that do by TLS-ALPN-01 are
+    /// answered where the configuration is [`current`'s](CurrentCertificate::config).
+    #[cfg(feature = "acme")]
+    #[must_use]
+    pub fn answering(mut self, current: Arc<CurrentCertificate>) -> Self {
+        self.answering = Some(current);
+        self
     }
 
     /// The same with other settings. Call it before the first connection.
@@ -205,7 +221,14 @@ impl Acceptor {
             tracing::debug!(%peer, "connection refused: its address has too many that have not logged in");
             return;
         };
-        let opening = open::Opening { stream, peer, place, announced };
+        let opening = open::Opening {
+            stream,
+            peer,
+            place,
+            announced,
+            #[cfg(feature = "acme")]
+            answering: self.answering.clone(),
+        };
         self.underway.spawn(open::open(opening, self.tls.clone(), Arc::clone(&self.settings)));
     }
 

@@ -262,7 +262,8 @@ mod tests {
 
     fn shown(name: &str) -> Shown {
         let tls = ServerTls::generate(&[name.to_owned()]).unwrap();
-        let chain = tls.chain_with_meta(Some(&RelayPublic::from_bytes([7; 32]))).unwrap();
+        let current = crate::tls::CurrentCertificate::new(tls, Some(RelayPublic::from_bytes([7; 32]))).unwrap();
+        let chain = current.shown().cert.clone();
         let facts = x509::facts(&chain[0]).unwrap();
         let (not_before, not_after) = (facts.not_before as u64, facts.not_after as u64);
         Shown { chain, not_before, not_after }

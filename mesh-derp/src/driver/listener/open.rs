@@ -15,6 +15,10 @@ use crate::driver::stream::{Rewind, Transport, read_request_head};
 use crate::driver::tls_stream::TlsStream;
 use crate::proxied::{self, Progress, ProxyError};
 use crate::server::Stage;
+#[cfg(feature = "acme")]
+use crate::tls::CurrentCertificate;
+#[cfg(feature = "acme")]
+use crate::tls::validation::is_validation;
 
 /// What has just been accepted.
 #[derive(Debug)]
@@ -24,6 +28,9 @@ pub(super) struct Opening {
     pub(super) place: Place,
     /// Whether a proxy says first for whom it is.
     pub(super) announced: bool,
+    /// Whose answers to authorities are given.
+    #[cfg(feature = "acme")]
+    pub(super) answering: Option<Arc<CurrentCertificate>>,
 }
 
 /// Why a connection did not get to its request.
@@ -41,6 +48,10 @@ enum Failed {
     NoTls,
     #[error("{0}")]
     Garbage(io::Error),
+    /// It was none of a client: all that it came for has been said.
+    #[cfg(feature = "acme")]
+    #[error("an authority has validated a name")]
+    Validated,
     #[error(transparent)]
     Proxy(#[from] ProxyError),
     #[error("{0}")]
@@ -53,6 +64,8 @@ impl Failed {
             Self::Late(_) => counters.dropped_late.add(1),
             // Counted by whoever needed the place.
             Self::ShownOut => {}
+            #[cfg(feature = "acme")]
+            Self::Validated => {}
             Self::Ended | Self::Io(_) => counters.ended_early.add(1),
             Self::Tls(_) | Self::NoTls => counters.tls_failures.add(1),
             Self::Garbage(_) => counters.garbage_heads.add(1),
@@ -137,10 +150,24 @@ impl Opening {
             })?
             .ok_or(Failed::Ended)?;
         place.advance(Stage::Login);
+        #[cfg(feature = "acme")]
+        if let Some(answer) =
+            self.answering.as_deref().and_then(CurrentCertificate::validations).and_then(|all| all.http(&head))
+        {
+            timeout(settings.head, answer_authority(&mut transport, &answer)).await??;
+            return Err(Failed::Validated);
+        }
         let tls = matches!(transport, Transport::Tls(_));
         let stream = Rewind::new(rest, transport);
         Ok(Box::new(Incoming { head, stream, peer_addr, local_addr, tls, head_bytes, place }))
     }
+}
+
+#[cfg(feature = "acme")]
+async fn answer_authority(transport: &mut Transport, answer: &[u8]) -> io::Result<()> {
+    use tokio::io::AsyncWriteExt as _;
+    transport.write_all(answer).await?;
+    transport.shutdown().await
 }
 
 async fn proxy_header(stream: &mut TcpStream) -> Result<Option<SocketAddr>, Failed> {
@@ -180,6 +207,13 @@ async fn secure(
             let version =
                 if client.version == ProtocolVersion::TLSv1_3 { &counters.tls_1_3 } else { &counters.tls_1_2 };
             version.add(1);
+            // An authority has seen what it wanted to see (RFC 8737 §3): nothing is said inside.
+            #[cfg(feature = "acme")]
+            if is_validation([client.alpn.as_deref()]) {
+                let mut secured = secured;
+                tokio::io::AsyncWriteExt::shutdown(&mut secured).await?;
+                return Err(Failed::Validated);
+            }
             Ok(Transport::Tls(Box::new(secured)))
         }
         None => Err(Failed::NoTls),
@@ -198,7 +232,14 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, peer) = listener.accept().await.unwrap();
         let place = Door::new(Limits::default()).enter(Some(peer.ip())).unwrap();
-        let opening = Opening { stream, peer, place, announced: false };
+        let opening = Opening {
+            stream,
+            peer,
+            place,
+            announced: false,
+            #[cfg(feature = "acme")]
+            answering: None,
+        };
         let size = size_of_val(&open(opening, None, Arc::default()));
         assert!(size <= 1024, "{size} bytes");
     }
