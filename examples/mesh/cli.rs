@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mesh_derp::driver::server::Sibling;
 use mesh_derp::map::RegionId;
+use mesh_node::acme::{Challenge, LETS_ENCRYPT, Name};
 use mesh_node::{coordinator, relay};
 
 /// A private network of your own: node, relay and coordination server in one program.
@@ -72,9 +73,9 @@ pub(crate) struct Coordinator {
     /// Addresses to accept on, TLS and plain HTTP alike; repeat for IPv4 and IPv6.
     #[arg(long, required = true, value_name = "IP:PORT")]
     pub(crate) listen: Vec<SocketAddr>,
-    /// The URL that nodes use to reach this server.
-    #[arg(long)]
-    pub(crate) url: String,
+    /// The URL that nodes use to reach this server. Default with --acme: https:// and its first name.
+    #[arg(long, required_unless_present = "acme")]
+    pub(crate) url: Option<String>,
     /// Addresses of the STUN responder. The next port answers too, unless another one is named here or it is taken: it is
     /// published as a STUN-only node, and shows nodes whether their NAT treats ports of one host alike.
     #[arg(long, value_name = "IP:PORT")]
@@ -97,12 +98,32 @@ pub(crate) struct Coordinator {
 
 #[derive(Debug, Args)]
 pub(crate) struct Tls {
-    /// Certificate chain (PEM); generated and kept in the state directory if not given.
+    /// Certificate chain (PEM); read again when it changes and on SIGHUP. Generated and kept in the state directory if not
+    /// given.
     #[arg(long, requires = "tls_key", value_name = "FILE")]
     pub(crate) tls_cert: Option<PathBuf>,
     /// The certificate's private key (PEM).
     #[arg(long, requires = "tls_cert", value_name = "FILE")]
     pub(crate) tls_key: Option<PathBuf>,
+    /// Have a public authority issue and renew a certificate for this name or address; repeat for several. It looks here on
+    /// port 443 (TLS) or 80 (HTTP): list both with --listen, unless something in front leads them here.
+    #[arg(long, value_name = "DOMAIN", conflicts_with = "tls_cert", requires = "acme_agree_tos")]
+    pub(crate) acme: Vec<Name>,
+    /// Agree to the authority's terms of service.
+    #[arg(long, requires = "acme")]
+    pub(crate) acme_agree_tos: bool,
+    /// The authority's ACME directory.
+    #[arg(long, value_name = "URL", default_value = LETS_ENCRYPT, requires = "acme")]
+    pub(crate) acme_directory: String,
+    /// Where the authority may write to.
+    #[arg(long, value_name = "ADDRESS", requires = "acme")]
+    pub(crate) acme_email: Option<String>,
+    /// Further certificates (PEM) to trust when talking to the authority.
+    #[arg(long, value_name = "FILE", requires = "acme")]
+    pub(crate) acme_ca_file: Option<PathBuf>,
+    /// Prove names in this way only: tls-alpn-01 or http-01. Default: by the ports listened on, one after the other.
+    #[arg(long, value_name = "CHALLENGE", requires = "acme")]
+    pub(crate) acme_challenge: Option<Challenge>,
 }
 
 #[derive(Debug, Args)]

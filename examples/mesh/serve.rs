@@ -1,5 +1,6 @@
 //! The commands that run until they are asked to end: coordinator, relay, daemon.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -9,7 +10,7 @@ use mesh_node::coordinator::Coordinator;
 use mesh_node::local_api::LocalApi;
 use mesh_node::node::Device;
 use mesh_node::relay::Relay;
-use mesh_node::{CertificateFiles, Node, coordinator, relay};
+use mesh_node::{Certificate, CertificateFiles, Node, acme, coordinator, relay};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{cli, output};
@@ -20,7 +21,9 @@ const DEFAULT_TUN: &str = "mesh0";
 /// `mesh coordinator`.
 pub(crate) async fn coordinator(options: cli::Coordinator) -> anyhow::Result<()> {
     let derp_map = options.derp_map.as_deref().map(read_derp_map).transpose()?;
-    let mut config = coordinator::Config::new(options.state_dir, options.listen, options.url);
+    // The command line demands the one or the other.
+    let url = options.url.or_else(|| options.tls.acme.first().map(https)).unwrap_or_default();
+    let mut config = coordinator::Config::new(options.state_dir, options.listen, url);
     config.stun = options.stun;
     config.region_id = options.region_id;
     config.relay = !options.no_relay;
@@ -30,14 +33,17 @@ pub(crate) async fn coordinator(options: cli::Coordinator) -> anyhow::Result<()>
     let running = Coordinator::start(config).await?;
     ready(&format!("coordinator at {}", running.url()));
 
-    let mut hangup = signal(SignalKind::hangup())?;
+    let (mut hangup, mut end) = (signal(SignalKind::hangup())?, std::pin::pin!(asked_to_end()));
     loop {
         tokio::select! {
-            () = asked_to_end() => break,
-            _ = hangup.recv() => match options.derp_map.as_deref().map(read_derp_map).transpose() {
-                Ok(map) => running.set_derp_map(map.unwrap_or_default()),
-                Err(error) => tracing::error!("the DERP map stays as it was: {error:#}"),
-            },
+            () = &mut end => break,
+            _ = hangup.recv() => {
+                running.reload_certificate();
+                match options.derp_map.as_deref().map(read_derp_map).transpose() {
+                    Ok(map) => running.set_derp_map(map.unwrap_or_default()),
+                    Err(error) => tracing::error!("the DERP map stays as it was: {error:#}"),
+                }
+            }
         }
     }
     running.shutdown().await;
@@ -110,8 +116,28 @@ pub(crate) async fn daemon(options: cli::Daemon, socket: PathBuf) -> anyhow::Res
     Ok(())
 }
 
-fn certificate(tls: cli::Tls) -> Option<CertificateFiles> {
-    tls.tls_cert.zip(tls.tls_key).map(|(certificates, key)| CertificateFiles { certificates, key })
+fn certificate(tls: cli::Tls) -> Certificate {
+    if let Some((certificates, key)) = tls.tls_cert.zip(tls.tls_key) {
+        return Certificate::Files(CertificateFiles { certificates, key });
+    }
+    if tls.acme.is_empty() {
+        return Certificate::Generated;
+    }
+    let mut settings = acme::Settings::new(tls.acme);
+    settings.directory = tls.acme_directory;
+    settings.email = tls.acme_email;
+    settings.ca_file = tls.acme_ca_file;
+    settings.agree_to_terms = tls.acme_agree_tos;
+    settings.challenge = tls.acme_challenge;
+    Certificate::Acme(settings)
+}
+
+/// The URL of a server with a certificate for `name`, on the usual port.
+fn https(name: &acme::Name) -> String {
+    match name {
+        acme::Name::Address(IpAddr::V6(address)) => format!("https://[{address}]"),
+        acme::Name::Dns(_) | acme::Name::Address(IpAddr::V4(_)) => format!("https://{name}"),
+    }
 }
 
 /// Reads a DERP map in the form that control servers send.

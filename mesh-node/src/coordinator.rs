@@ -10,11 +10,13 @@ use mesh_control::driver::server as control;
 use mesh_derp::driver::listener::{Acceptor, Incoming};
 use mesh_derp::driver::server::{self as relay, Admission, Applicant, RelayServer};
 use mesh_derp::map::{DerpMap, DerpNode, DerpRegion, RegionId};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
+use crate::certificate::{Certificate, Server};
 use crate::error::Error;
-use crate::listen::{self, CertificateFiles, Place, Stun};
+use crate::listen::{self, Place, Stun};
 
 /// The embedded relay's region when none is named.
 pub const DEFAULT_REGION: RegionId = match RegionId::new(900) {
@@ -42,8 +44,8 @@ pub struct Config {
     pub relay: bool,
     /// Further relays. Default none.
     pub derp_map: DerpMap,
-    /// The certificate. Default: one that is made and kept in the state directory, pinned in the DERP map.
-    pub certificate: Option<CertificateFiles>,
+    /// The certificate. Default [`Certificate::Generated`]. One from a public authority has to be for the URL's host.
+    pub certificate: Certificate,
     /// Publish the relay a second time, and first, without certificate check, for test clients that cannot pin. Default
     /// no.
     pub insecure_relay_for_tests: bool,
@@ -61,7 +63,7 @@ impl Config {
             region_id: DEFAULT_REGION,
             relay: true,
             derp_map: DerpMap::default(),
-            certificate: None,
+            certificate: Certificate::Generated,
             insecure_relay_for_tests: false,
         }
     }
@@ -75,6 +77,8 @@ pub struct Coordinator {
     own_region: Option<DerpRegion>,
     accepting: JoinSet<()>,
     connections: TaskTracker,
+    /// What the certificate's keeper waits for.
+    look: Arc<Notify>,
 }
 
 impl Coordinator {
@@ -88,14 +92,15 @@ impl Coordinator {
         // First, because it locks the state directory: another coordinator's certificate must not be replaced.
         let wanted = control::Config::new(&config.state_dir, &config.url);
         let control = control::Coordinator::start(wanted).map_err(|error| Error::Setting(error.to_string()))?;
-        let (tls, pin) =
-            listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen).map_err(tls)?;
+        config.certificate.names_host(&host)?;
+        let server = Server { state_dir: &config.state_dir, host: &host, listen: &config.listen };
+        let certificate = config.certificate.open(server)?;
 
         // Before the map says where they are: a second STUN port may not be had.
         let listeners = listen::tcp(&config.listen).await?;
         let stun = Stun::bind_pairs(&config.stun).await?;
         let place = Place { region: config.region_id, host, port, listen: &config.listen, stun: stun.addresses() };
-        let own_region = config.relay.then(|| own_region(&place, pin, config.insecure_relay_for_tests));
+        let own_region = config.relay.then(|| own_region(&place, certificate.pin(), config.insecure_relay_for_tests));
         control.set_derp_map(with_own(config.derp_map, own_region.as_ref()));
 
         let relay = if config.relay {
@@ -109,16 +114,16 @@ impl Coordinator {
             None
         };
 
-        let tls = tls.config(relay.as_deref().map(RelayServer::public)).map_err(self::tls)?;
-        let acceptor = Acceptor::from_listeners(listeners, Some(tls));
+        let mut accepting = JoinSet::new();
+        let public = relay.as_deref().map(RelayServer::public);
+        let (acceptor, look) = certificate.show(listeners, public, &mut accepting)?;
         if let Some(relay) = &relay {
             relay.show(acceptor.watch());
         }
-        let mut accepting = JoinSet::new();
         stun.serve(&mut accepting);
         let connections = TaskTracker::new();
         accepting.spawn(accept(acceptor, Arc::clone(&control), relay.clone(), connections.clone()));
-        Ok(Self { control, relay, own_region, accepting, connections })
+        Ok(Self { control, relay, own_region, accepting, connections, look })
     }
 
     /// The URL that nodes use.
@@ -142,6 +147,12 @@ impl Coordinator {
     /// Replaces the further relays and tells every connected node; the embedded one stays.
     pub fn set_derp_map(&self, further: DerpMap) {
         self.control.set_derp_map(with_own(further, self.own_region.as_ref()));
+    }
+
+    /// Looks after the certificate at once: reads its files again, or asks an authority again that has failed. What comes
+    /// of it is in the log.
+    pub fn reload_certificate(&self) {
+        self.look.notify_one();
     }
 
     /// Ends all connections and releases addresses and state directory.
@@ -232,10 +243,6 @@ fn host_and_port(url: &str) -> Result<(String, u16), Error> {
     };
     let host = parsed.host().filter(|host| !host.is_empty()).ok_or_else(|| wrong("no host"))?;
     Ok((host.trim_matches(['[', ']']).to_owned(), parsed.port_u16().unwrap_or(default)))
-}
-
-fn tls(error: mesh_derp::tls::TlsError) -> Error {
-    Error::Tls(error.to_string())
 }
 
 #[cfg(test)]

@@ -73,6 +73,12 @@ pub enum Error {
     ShutDown,
 }
 
+impl From<mesh_derp::tls::TlsError> for Error {
+    fn from(error: mesh_derp::tls::TlsError) -> Self {
+        Self::Tls(error.to_string())
+    }
+}
+
 fn listen_hint(error: &io::Error) -> &'static str {
     let hints = [
         (io::ErrorKind::AddrInUse, "; choose another port or stop what uses it"),

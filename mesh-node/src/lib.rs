@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "server")]
+mod certificate;
+#[cfg(feature = "server")]
 pub mod coordinator;
 pub mod dataplane;
 pub mod directory;
@@ -27,9 +29,11 @@ pub mod wireguard;
 
 mod driver;
 
+#[cfg(feature = "server")]
+pub use certificate::Certificate;
 pub use error::Error;
 #[cfg(feature = "server")]
-pub use listen::CertificateFiles;
+pub use mesh_derp::{acme, driver::certificates::CertificateFiles};
 pub use node::{Builder, Device, Node, UpOptions};
 pub use prefs::PathMode;
 pub use status::{NodeState, Status};

@@ -1,27 +1,17 @@
-//! What a coordinator and a relay on its own have in common: listeners, certificate, STUN, and how the relay is
-//! described in a DERP map.
+//! What a coordinator and a relay on its own have in common: listeners, STUN, and how the relay is described in a DERP
+//! map.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mesh_derp::map::{DerpNode, RegionId};
-use mesh_derp::tls::{ServerTls, TlsError};
 use mesh_nat::driver::StunServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::error::Error;
-
-/// A certificate chain and its private key, both PEM files.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CertificateFiles {
-    /// The chain, leaf first.
-    pub certificates: PathBuf,
-    /// The leaf's private key.
-    pub key: PathBuf,
-}
 
 /// Where a relay can be reached, as its DERP map node says.
 #[derive(Debug, Clone)]
@@ -71,27 +61,6 @@ impl Place<'_> {
         let first = |wanted: fn(&IpAddr) -> bool| all.iter().copied().find(wanted).map(|ip| ip.to_string());
         (first(IpAddr::is_ipv4), first(IpAddr::is_ipv6))
     }
-}
-
-/// Takes the given certificate, or the one kept in the state directory, or makes one. With it its pin, if it is ours.
-pub(crate) fn certificate(
-    files: Option<&CertificateFiles>,
-    state_dir: &Path,
-    host: &str,
-    listen: &[SocketAddr],
-) -> Result<(ServerTls, Option<String>), TlsError> {
-    if let Some(files) = files {
-        return Ok((ServerTls::from_pem_files(&files.certificates, &files.key)?, None));
-    }
-    let mut names = vec![host.trim_matches(['[', ']']).to_owned()];
-    for address in listen.iter().map(SocketAddr::ip).filter(|ip| !ip.is_unspecified()) {
-        if !names.contains(&address.to_string()) {
-            names.push(address.to_string());
-        }
-    }
-    let tls = ServerTls::load_or_generate(state_dir, &names)?;
-    let pin = tls.pin();
-    Ok((tls, Some(pin)))
 }
 
 /// Listens on each address; an error names the one that could not be had.

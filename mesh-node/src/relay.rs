@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_derp::driver::listener::Acceptor;
 use mesh_derp::driver::server::{self as server, RelayServer, Sibling, Unreachable};
 use mesh_derp::map::{DerpNode, RegionId};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
+use crate::certificate::{Certificate, Server};
 use crate::error::Error;
-use crate::listen::{self, CertificateFiles, Place, Stun};
+use crate::listen::{self, Place, Stun};
 use crate::state::StateDir;
 
 mod access;
@@ -38,8 +39,8 @@ pub struct Config {
     pub stun: Vec<SocketAddr>,
     /// The relay's region. Default [`DEFAULT_REGION`].
     pub region_id: RegionId,
-    /// The certificate. Default: one that is made and kept in the state directory.
-    pub certificate: Option<CertificateFiles>,
+    /// The certificate. Default [`Certificate::Generated`].
+    pub certificate: Certificate,
     /// A URL that says who may use the relay, such as a coordinator's `/verify`. Default: everybody may.
     pub verify_url: Option<String>,
     /// What becomes of clients while that URL cannot be reached. Default: they are turned away.
@@ -68,7 +69,7 @@ impl Config {
             listen,
             stun: Vec::new(),
             region_id: DEFAULT_REGION,
-            certificate: None,
+            certificate: Certificate::Generated,
             verify_url: None,
             verify_unreachable: Unreachable::default(),
             allow_list: None,
@@ -82,23 +83,28 @@ impl Config {
     fn first(&self) -> Result<SocketAddr, Error> {
         self.listen.first().copied().ok_or_else(|| Error::Setting("a relay needs an address to listen on".to_owned()))
     }
+
+    fn server<'a>(&'a self, host: &'a str) -> Server<'a> {
+        Server { state_dir: &self.state_dir, host, listen: &self.listen }
+    }
 }
 
-/// The relay's node as it belongs into a DERP map, pin included. Makes the certificate if there is none yet.
+/// The relay's node as it belongs into a DERP map, pin included. Makes the certificate if there is none yet. With a
+/// certificate from a public authority the node has its name, and no pin.
 ///
 /// # Errors
 /// If state directory or certificate cannot be used.
 pub fn describe(config: &Config) -> Result<DerpNode, Error> {
     let first = config.first()?;
-    if first.ip().is_unspecified() {
+    let name = config.certificate.acme_name();
+    if name.is_none() && first.ip().is_unspecified() {
         let problem =
             format!("no node can connect to {}: list an address of this host first, to be published", first.ip());
         return Err(Error::Setting(problem));
     }
     listen::state_dir(&config.state_dir)?;
-    let host = first.ip().to_string();
-    let (_, pin) = listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen)
-        .map_err(|error| Error::Tls(error.to_string()))?;
+    let pin = config.certificate.pin(config.server(&first.ip().to_string()))?;
+    let host = name.unwrap_or_else(|| first.ip().to_string());
     let place =
         Place { region: config.region_id, host, port: first.port(), listen: &config.listen, stun: &config.stun };
     Ok(place.nodes(pin).swap_remove(0))
@@ -110,6 +116,8 @@ pub struct Relay {
     server: Arc<RelayServer>,
     accepting: JoinSet<()>,
     connections: TaskTracker,
+    /// What the certificate's keeper waits for.
+    look: Arc<Notify>,
     access: Access,
     /// Links to other relays, and what follows files.
     kept: JoinSet<()>,
@@ -124,18 +132,16 @@ impl Relay {
     /// One line that says what to do.
     pub async fn start(config: Config) -> Result<Self, Error> {
         let state = StateDir::open(&config.state_dir)?;
-        let host = config.first()?.ip().to_string();
-        let (tls, _) = listen::certificate(config.certificate.as_ref(), &config.state_dir, &host, &config.listen)
-            .map_err(|error| Error::Tls(error.to_string()))?;
+        let certificate = config.certificate.open(config.server(&config.first()?.ip().to_string()))?;
         let key = server::load_or_generate_key(&config.state_dir)
             .map_err(|source| Error::System { what: "the relay's key", source })?;
         let mut settings = server::Config::default();
         let access = Access::prepare(&config, &mut settings)?;
         let server = RelayServer::new(key, settings);
-        let tls = tls.config(Some(server.public())).map_err(|error| Error::Tls(error.to_string()))?;
-        let mut acceptor = Acceptor::from_listeners(listen::tcp(&config.listen).await?, Some(tls));
-        server.show(acceptor.watch());
+        let listeners = listen::tcp(&config.listen).await?;
         let mut accepting = JoinSet::new();
+        let (mut acceptor, look) = certificate.show(listeners, Some(server.public()), &mut accepting)?;
+        server.show(acceptor.watch());
         Stun::bind(&config.stun).await?.serve(&mut accepting);
         let connections = TaskTracker::new();
         let (relay, tracker) = (Arc::clone(&server), connections.clone());
@@ -147,7 +153,7 @@ impl Relay {
         });
         let (mut kept, grace) = (JoinSet::new(), config.grace);
         access.run(config, &server, &mut kept);
-        Ok(Self { server, accepting, connections, access, kept, grace, _state: state })
+        Ok(Self { server, accepting, connections, look, access, kept, grace, _state: state })
     }
 
     /// The relay itself, with its counters.
@@ -156,9 +162,11 @@ impl Relay {
         &self.server
     }
 
-    /// Reads the allow-list again at once; it is looked at every 2 s anyway.
+    /// Reads the allow-list again at once; it is looked at every 2 s anyway. Looks after the certificate as well: its files
+    /// are read again, or an authority that has failed is asked again. What comes of it is in the log.
     pub fn reload(&self) {
         self.access.reload(&self.server);
+        self.look.notify_one();
     }
 
     /// Releases the addresses, sends all clients away one after another ([`Config::grace`]), and returns when they are gone.

@@ -7,6 +7,7 @@
     reason = "tests fail by panicking and read the real clock"
 )]
 
+mod acme;
 mod garbage;
 mod http;
 mod keys;

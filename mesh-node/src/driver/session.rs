@@ -113,7 +113,7 @@ impl Session {
             url: driver.prefs.control_url.clone().unwrap_or_default(),
             machine: driver.fixed.machine.clone(),
             control: driver.state.control_key()?.filter(|_| known),
-            tls: Some(tls.https(&[]).map_err(|error| Error::Tls(error.to_string()))?),
+            tls: Some(tls.https(&[])?),
             client,
         };
         let mut control = Control::new(options, seed()).map_err(|problem| Error::Setting(problem.to_string()))?;

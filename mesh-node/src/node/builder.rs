@@ -271,7 +271,7 @@ impl Builder {
             Some(path) => ClientTls::with_ca_file(path),
             None => ClientTls::system(),
         };
-        let relay_tls = relay_tls.map_err(|error| Error::Tls(error.to_string()))?;
+        let relay_tls = relay_tls?;
         let relay_proxies = self.relay_proxies.clone().unwrap_or_else(|| {
             Proxies::from_environment().unwrap_or_else(|error| {
                 tracing::warn!(%error, "no proxy is used for relays");
