@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use mesh_derp::driver::server::Sibling;
 use mesh_derp::map::RegionId;
+use mesh_derp::server::Limits;
 use mesh_node::acme::{Challenge, LETS_ENCRYPT, Name};
 use mesh_node::{coordinator, relay};
 
@@ -26,9 +28,9 @@ pub(crate) enum Command {
     /// Bring up a whole mesh on this host: coordinator, relay, two nodes, and traffic between them.
     Demo(Demo),
     /// Run a coordination server, with a relay and a STUN responder inside.
-    Coordinator(Coordinator),
+    Coordinator(Box<Coordinator>),
     /// Run a relay on its own.
-    Relay(Relay),
+    Relay(Box<Relay>),
     /// Run a node; `mesh up` then joins it to a network.
     Daemon(Box<Daemon>),
     /// Administer a coordination server on this host.
@@ -94,6 +96,8 @@ pub(crate) struct Coordinator {
     /// Also publish the relay without certificate check, for test clients that cannot pin.
     #[arg(long)]
     pub(crate) insecure_relay_for_tests: bool,
+    #[command(flatten)]
+    pub(crate) front: Front,
 }
 
 #[derive(Debug, Args)]
@@ -131,8 +135,8 @@ pub(crate) struct Relay {
     /// Where the relay's key and certificate live.
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: PathBuf,
-    /// Addresses to accept on, TLS and plain HTTP alike.
-    #[arg(long, required = true, value_name = "IP:PORT")]
+    /// Addresses to accept on, TLS and plain HTTP alike. Not needed where systemd passes sockets.
+    #[arg(long, value_name = "IP:PORT")]
     pub(crate) listen: Vec<SocketAddr>,
     /// Addresses of the STUN responder.
     #[arg(long, value_name = "IP:PORT")]
@@ -164,6 +168,44 @@ pub(crate) struct Relay {
     /// Further certificates (PEM) to trust in the verify URL and the other relays.
     #[arg(long, value_name = "FILE")]
     pub(crate) ca_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) front: Front,
+    /// Send plain HTTP to HTTPS on the first address's port, but for /generate_204, /healthz and /metrics.
+    #[arg(long)]
+    pub(crate) redirect_http: bool,
+    /// Become this user (or UID:GID) once the ports are bound. The state directory is handed over to it; certificate
+    /// files have to be readable for it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) user: Option<String>,
+    /// Do without landlock and seccomp.
+    #[arg(long)]
+    pub(crate) no_sandbox: bool,
+}
+
+/// What stands in front of a relay.
+#[derive(Debug, Args)]
+pub(crate) struct Front {
+    /// A network that may read /metrics, besides this host.
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) metrics_from: Vec<IpNet>,
+    /// Names whose addresses are told at /bootstrap-dns, separated by commas.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub(crate) bootstrap_dns_names: Vec<String>,
+    /// A proxy that announces its clients with the PROXY protocol, and always has to.
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) proxy_protocol_from: Vec<IpNet>,
+    /// Serve at most so many new connections a second; 0 is no limit.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) accept_limit: u64,
+    /// That many may come at once after a silence.
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    pub(crate) accept_burst: u64,
+    /// Connections that have not logged in; beyond, the one that is silent longest goes.
+    #[arg(long, default_value_t = Limits::default().total, value_name = "N")]
+    pub(crate) pending_limit: usize,
+    /// The same for one IPv4 address or one IPv6 network of 64 bits.
+    #[arg(long, default_value_t = Limits::default().per_source, value_name = "N")]
+    pub(crate) pending_limit_per_address: usize,
 }
 
 #[derive(Debug, Args)]
@@ -430,6 +472,7 @@ mod tests {
         for line in [
             "mesh coordinator --state-dir d --listen 203.0.113.1:80 --listen [2001:db8::1]:80 --url http://203.0.113.1 --stun 203.0.113.1:3478 --region-id 5 --no-relay --derp-map f --tls-cert c --tls-key k --insecure-relay-for-tests",
             "mesh relay --state-dir d --listen 203.0.113.1:443 --stun 203.0.113.1:3478 --print-node --verify-url https://x/verify --verify-fail-open --allow-list f --mesh-with https://b.example:444/192.0.2.7 --mesh-with https://c.example --mesh-key-file k --ca-file c",
+            "mesh relay --state-dir d --listen 203.0.113.1:443 --metrics-from 10.0.0.0/8 --bootstrap-dns-names a.example,b.example --proxy-protocol-from 10.1.0.0/16 --accept-limit 500 --accept-burst 1000 --pending-limit 8192 --pending-limit-per-address 2048 --redirect-http --user mesh --no-sandbox",
             "mesh daemon --state-dir d --socket s --tun userspace --port 41641 --socks5 127.0.0.1:1080 --http-proxy 127.0.0.1:8080 --ca-file f --no-portmap --no-port-guessing --static-endpoint 203.0.113.1:4 --relay-server-port 7777 --relay-server-endpoint 203.0.113.1:7777",
             "mesh admin --state-dir d users create alice",
             "mesh admin --state-dir d codes create -o json",

@@ -12,10 +12,36 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use cli::{Cli, Command};
+use mesh_node::activation::Sockets;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let mut cli = Cli::parse();
     start_logging(&cli.command);
+    // The kernel changes one thread's user and one thread's sandbox at a time, so this comes before there are others.
+    let sockets = match &mut cli.command {
+        Command::Relay(options) => serve::prepare(options),
+        Command::Demo(_)
+        | Command::Coordinator(_)
+        | Command::Daemon(_)
+        | Command::Admin(_)
+        | Command::Up(_)
+        | Command::Login(_)
+        | Command::Down
+        | Command::Logout
+        | Command::Status(_)
+        | Command::Ip { .. }
+        | Command::Ping(_)
+        | Command::Set(_)
+        | Command::Netcheck(_)
+        | Command::Version => Ok(Sockets::default()),
+    };
+    let sockets = match sockets {
+        Ok(sockets) => sockets,
+        Err(error) => {
+            eprintln!("mesh: {}", output::error(&error));
+            return ExitCode::FAILURE;
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -23,7 +49,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(cli)) {
+    match runtime.block_on(run(cli, sockets)) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has read enough: `mesh status | head -1`.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -39,12 +65,12 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io.is_some_and(|error| error.0.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-async fn run(cli: Cli) -> anyhow::Result<()> {
+async fn run(cli: Cli, sockets: Sockets) -> anyhow::Result<()> {
     let socket = cli.socket;
     match cli.command {
         Command::Demo(options) => demo::run(&options).await,
-        Command::Coordinator(options) => serve::coordinator(options).await,
-        Command::Relay(options) => serve::relay(options).await,
+        Command::Coordinator(options) => serve::coordinator(*options).await,
+        Command::Relay(options) => serve::relay(*options, sockets).await,
         Command::Daemon(options) => serve::daemon(*options, socket).await,
         Command::Admin(options) => admin::run(options).await,
         Command::Up(options) => node::up(socket, options, node::SignIn::AsBefore).await,

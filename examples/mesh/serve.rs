@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use mesh_derp::driver::server::Unreachable;
 use mesh_derp::map::DerpMap;
+use mesh_derp::server::{AcceptLimit, Limits};
+use mesh_node::activation::{self, Phase, Sockets};
 use mesh_node::coordinator::Coordinator;
+use mesh_node::front::Front;
 use mesh_node::local_api::LocalApi;
 use mesh_node::node::Device;
 use mesh_node::relay::Relay;
-use mesh_node::{Certificate, CertificateFiles, Node, acme, coordinator, relay};
+use mesh_node::{Certificate, CertificateFiles, Node, acme, coordinator, privileges, relay, sandbox};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{cli, output};
@@ -30,6 +33,7 @@ pub(crate) async fn coordinator(options: cli::Coordinator) -> anyhow::Result<()>
     config.derp_map = derp_map.unwrap_or_default();
     config.certificate = certificate(options.tls);
     config.insecure_relay_for_tests = options.insecure_relay_for_tests;
+    config.front = front(options.front);
     let running = Coordinator::start(config).await?;
     ready(&format!("coordinator at {}", running.url()));
 
@@ -46,12 +50,55 @@ pub(crate) async fn coordinator(options: cli::Coordinator) -> anyhow::Result<()>
             }
         }
     }
+    activation::notify(Phase::Stopping);
     running.shutdown().await;
     Ok(())
 }
 
+/// Does what has to be done before there is a second thread: binds, gives up root, and shuts the door.
+pub(crate) fn prepare(options: &mut cli::Relay) -> anyhow::Result<Sockets> {
+    if options.print_node {
+        return Ok(Sockets::default());
+    }
+    privileges::raise_file_limit();
+    let user = options.user.as_deref().map(privileges::User::find).transpose()?;
+    let sockets = match Sockets::passed()? {
+        Some(passed) => passed,
+        None if options.listen.is_empty() => {
+            anyhow::bail!("name an address with --listen, or let systemd pass sockets (ListenStream=)")
+        }
+        None => Sockets::bind(&options.listen, &options.stun)?,
+    };
+    (options.listen, options.stun) = sockets.addresses()?;
+    let tls = options.tls.tls_cert.iter().chain(&options.tls.tls_key);
+    let others = options
+        .allow_list
+        .iter()
+        .chain(&options.mesh_key_file)
+        .chain(&options.ca_file)
+        .chain(&options.tls.acme_ca_file);
+    let files: Vec<PathBuf> = tls.chain(others).cloned().collect();
+    if let Some(user) = &user {
+        user.take_over(&options.state_dir)?;
+        user.become_this()?;
+    }
+    if let Some(file) = &options.mesh_key_file {
+        // Later, no file can be made outside the state directory.
+        relay::mesh_key(file)?;
+    }
+    if let Some(user) = &user {
+        privileges::check_readable(&files)?;
+        tracing::info!(user = user.name(), "root's privileges are given up");
+    }
+    if !options.no_sandbox {
+        let needs = sandbox::Needs { write: vec![options.state_dir.clone()], read: files };
+        tracing::info!("sandbox: {}", sandbox::enter(&needs)?);
+    }
+    Ok(sockets)
+}
+
 /// `mesh relay`.
-pub(crate) async fn relay(options: cli::Relay) -> anyhow::Result<()> {
+pub(crate) async fn relay(options: cli::Relay, sockets: Sockets) -> anyhow::Result<()> {
     let mut config = relay::Config::new(options.state_dir, options.listen);
     config.stun = options.stun;
     config.region_id = options.region_id;
@@ -64,20 +111,42 @@ pub(crate) async fn relay(options: cli::Relay) -> anyhow::Result<()> {
     config.mesh_with = options.mesh_with;
     config.mesh_key_file = options.mesh_key_file;
     config.ca_file = options.ca_file;
+    config.front = front(options.front);
+    if options.redirect_http {
+        config.front.redirect_plain_to = config.listen.first().map(std::net::SocketAddr::port);
+    }
     if options.print_node {
         return Ok(output::print(&serde_json::to_string_pretty(&relay::describe(&config)?)?)?);
     }
-    let running = Relay::start(config).await?;
+    let running = Relay::start_on(sockets, config).await?;
     ready("relay");
     let (mut hangup, mut end) = (signal(SignalKind::hangup())?, std::pin::pin!(asked_to_end()));
     loop {
         tokio::select! {
             () = &mut end => break,
-            _ = hangup.recv() => running.reload(),
+            _ = hangup.recv() => {
+                activation::notify(Phase::Reloading);
+                running.reload();
+                activation::notify(Phase::Ready);
+            }
         }
     }
+    activation::notify(Phase::Stopping);
     running.shutdown().await;
     Ok(())
+}
+
+fn front(options: cli::Front) -> Front {
+    let accept = AcceptLimit { per_second: options.accept_limit, burst: options.accept_burst };
+    let (total, per_source) = (options.pending_limit, options.pending_limit_per_address);
+    Front {
+        metrics_from: options.metrics_from,
+        redirect_plain_to: None,
+        bootstrap_dns_names: options.bootstrap_dns_names,
+        proxies: options.proxy_protocol_from,
+        accept,
+        limits: Limits { total, per_source, ..Limits::default() },
+    }
 }
 
 /// `mesh daemon`.
@@ -149,6 +218,7 @@ pub(crate) fn read_derp_map(file: &Path) -> anyhow::Result<DerpMap> {
 /// Says that connections are accepted now. Scripts wait for this line.
 fn ready(what: &str) {
     drop(output::print(&format!("ready: {what}")));
+    activation::notify(Phase::Ready);
 }
 
 /// Waits for an interrupt or a request to terminate.

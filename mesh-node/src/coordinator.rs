@@ -14,8 +14,10 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
+use crate::activation::Sockets;
 use crate::certificate::{Certificate, Server};
 use crate::error::Error;
+use crate::front::{self, Front};
 use crate::listen::{self, Place, Stun};
 
 /// The embedded relay's region when none is named.
@@ -49,6 +51,8 @@ pub struct Config {
     /// Publish the relay a second time, and first, without certificate check, for test clients that cannot pin. Default
     /// no.
     pub insecure_relay_for_tests: bool,
+    /// What stands in front: numbers, proxies, limits.
+    pub front: Front,
 }
 
 impl Config {
@@ -65,6 +69,7 @@ impl Config {
             derp_map: DerpMap::default(),
             certificate: Certificate::Generated,
             insecure_relay_for_tests: false,
+            front: Front::default(),
         }
     }
 }
@@ -86,6 +91,7 @@ impl Coordinator {
     ///
     /// # Errors
     /// One line that says what to do: an address in use, a state directory in use or damaged, a bad certificate.
+    #[expect(clippy::unused_async, reason = "tells the caller that a runtime is needed")]
     pub async fn start(config: Config) -> Result<Self, Error> {
         listen::state_dir(&config.state_dir)?;
         let (host, port) = host_and_port(&config.url)?;
@@ -97,8 +103,8 @@ impl Coordinator {
         let certificate = config.certificate.open(server)?;
 
         // Before the map says where they are: a second STUN port may not be had.
-        let listeners = listen::tcp(&config.listen).await?;
-        let stun = Stun::bind_pairs(&config.stun).await?;
+        let listeners = listen::tcp(Sockets::bind(&config.listen, &[])?.tcp)?;
+        let stun = Stun::bind_pairs(&config.stun)?;
         let place = Place { region: config.region_id, host, port, listen: &config.listen, stun: stun.addresses() };
         let own_region = config.relay.then(|| own_region(&place, certificate.pin(), config.insecure_relay_for_tests));
         control.set_derp_map(with_own(config.derp_map, own_region.as_ref()));
@@ -107,7 +113,10 @@ impl Coordinator {
             let key = relay::load_or_generate_key(&config.state_dir)
                 .map_err(|source| Error::System { what: "the relay's key", source })?;
             let admission = Arc::new(Members(Arc::downgrade(&control)));
-            let server = RelayServer::new(key, relay::Config { admission, ..relay::Config::default() });
+            let server = RelayServer::new(
+                key,
+                relay::Config { admission, public: config.front.public(), ..relay::Config::default() },
+            );
             control.embed_relay(Arc::clone(&server));
             Some(server)
         } else {
@@ -117,8 +126,11 @@ impl Coordinator {
         let mut accepting = JoinSet::new();
         let public = relay.as_deref().map(RelayServer::public);
         let (acceptor, look) = certificate.show(listeners, public, &mut accepting)?;
+        let acceptor = acceptor.with_settings(config.front.listener());
         if let Some(relay) = &relay {
             relay.show(acceptor.watch());
+            relay.show(stun.watch());
+            front::refresh(relay, &mut accepting);
         }
         stun.serve(&mut accepting);
         let connections = TaskTracker::new();

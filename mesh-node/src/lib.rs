@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "server")]
+pub mod activation;
+#[cfg(feature = "server")]
 mod certificate;
 #[cfg(feature = "server")]
 pub mod coordinator;
@@ -13,6 +15,8 @@ pub mod error;
 pub mod events;
 pub mod forward;
 #[cfg(feature = "server")]
+pub mod front;
+#[cfg(feature = "server")]
 mod listen;
 pub mod local_api;
 pub mod netcheck;
@@ -20,9 +24,13 @@ pub mod netstack;
 pub mod node;
 pub mod peer_relay;
 pub mod prefs;
+#[cfg(feature = "server")]
+pub mod privileges;
 pub mod proxy;
 #[cfg(feature = "server")]
 pub mod relay;
+#[cfg(feature = "server")]
+pub mod sandbox;
 pub mod state;
 pub mod status;
 pub mod wireguard;

@@ -3,14 +3,17 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
+use std::sync::Arc;
 
 use mesh_derp::map::{DerpNode, RegionId};
+use mesh_derp::metrics::{Exposition, Kind, Metric, Source};
 use mesh_nat::driver::StunServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
+use crate::activation::Sockets;
 use crate::error::Error;
 
 /// Where a relay can be reached, as its DERP map node says.
@@ -63,54 +66,56 @@ impl Place<'_> {
     }
 }
 
-/// Listens on each address; an error names the one that could not be had.
-pub(crate) async fn tcp(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, Error> {
-    let mut listeners = Vec::with_capacity(addresses.len());
-    for address in addresses {
-        let listener = TcpListener::bind(address).await;
-        listeners.push(listener.map_err(|source| listen_error("HTTP and TLS", *address, source))?);
-    }
-    Ok(listeners)
+/// Takes listening sockets into the runtime.
+pub(crate) fn tcp(sockets: Vec<std::net::TcpListener>) -> Result<Vec<TcpListener>, Error> {
+    let taken = sockets.into_iter().map(TcpListener::from_std).collect::<io::Result<_>>();
+    taken.map_err(|source| Error::System { what: "serving a socket", source })
 }
 
 /// STUN responders that are bound and do not answer yet.
 #[derive(Debug)]
 pub(crate) struct Stun {
-    servers: Vec<StunServer>,
+    servers: Vec<Arc<StunServer>>,
     addresses: Vec<SocketAddr>,
 }
 
 impl Stun {
-    /// A responder on each address. Two ports of one address are a pair, each answering for the other on request: that
+    /// A responder on each address.
+    pub(crate) fn bind(addresses: &[SocketAddr]) -> Result<Self, Error> {
+        Self::on(Sockets::bind(&[], addresses)?.udp)
+    }
+
+    /// A responder on each socket. Two ports of one address are a pair, each answering for the other on request: that
     /// shows a client whether its NAT filters by port.
-    pub(crate) async fn bind(addresses: &[SocketAddr]) -> Result<Self, Error> {
-        let (mut servers, mut waiting) = (Vec::new(), addresses.to_vec());
-        while let Some(address) = waiting.first().copied() {
-            waiting.remove(0);
-            let mut server = StunServer::bind(address).await.map_err(|source| listen_error("STUN", address, source))?;
-            let same_host = |other: &SocketAddr| other.ip() == address.ip() && other.port() != address.port();
+    pub(crate) fn on(sockets: Vec<UdpSocket>) -> Result<Self, Error> {
+        let failed = |source| Error::System { what: "serving a STUN socket", source };
+        let address = |socket: &UdpSocket| socket.local_addr().map_err(failed);
+        let addresses = sockets.iter().map(address).collect::<Result<Vec<_>, _>>()?;
+        let (mut servers, mut waiting) = (Vec::new(), sockets.into_iter().zip(addresses.clone()).collect::<Vec<_>>());
+        while !waiting.is_empty() {
+            let (socket, address) = waiting.remove(0);
+            let mut server = StunServer::from_socket(socket).map_err(failed)?;
+            let same_host = |(_, other): &(UdpSocket, SocketAddr)| other.ip() == address.ip();
             if let Some(index) = waiting.iter().position(same_host) {
-                let other = waiting.remove(index);
-                let paired = server.with_other_port(other.port()).await;
-                server = paired.map_err(|source| listen_error("STUN", other, source))?;
+                server = server.with_other_socket(waiting.remove(index).0).map_err(failed)?;
             }
-            servers.push(server);
+            servers.push(Arc::new(server));
         }
-        Ok(Self { servers, addresses: addresses.to_vec() })
+        Ok(Self { servers, addresses })
     }
 
     /// The same, on the next port as well where only one is named and the next one is free: with one port of one address,
     /// a client cannot tell whether its NAT gives every destination another port.
-    pub(crate) async fn bind_pairs(addresses: &[SocketAddr]) -> Result<Self, Error> {
+    pub(crate) fn bind_pairs(addresses: &[SocketAddr]) -> Result<Self, Error> {
         if let Some(port) = second_port(addresses) {
             let further = addresses.iter().map(|address| SocketAddr::new(address.ip(), port));
             let all: Vec<_> = addresses.iter().copied().chain(further).collect();
-            match Self::bind(&all).await {
+            match Self::bind(&all) {
                 Ok(bound) => return Ok(bound),
                 Err(error) => tracing::warn!("no second STUN port: {error}"),
             }
         }
-        Self::bind(addresses).await
+        Self::bind(addresses)
     }
 
     /// Where they answer.
@@ -118,10 +123,39 @@ impl Stun {
         &self.addresses
     }
 
+    /// What they count.
+    pub(crate) fn watch(&self) -> StunWatch {
+        StunWatch(self.servers.clone())
+    }
+
     /// Lets them answer.
     pub(crate) fn serve(self, tasks: &mut JoinSet<()>) {
         for server in self.servers {
             tasks.spawn(async move { match server.run().await {} });
+        }
+    }
+}
+
+/// Looks at the numbers of STUN responders while they answer.
+#[derive(Debug)]
+pub(crate) struct StunWatch(Vec<Arc<StunServer>>);
+
+impl Source for StunWatch {
+    fn expose(&self, text: &mut Exposition) {
+        let mut counted = [[0; 2]; 2];
+        for server in &self.0 {
+            let Ok(address) = server.local_addr() else { continue };
+            let (family, counters) = (usize::from(address.is_ipv6()), server.counters());
+            counted[family][0] += counters.answered;
+            counted[family][1] += counters.rejected;
+        }
+        let labels = [
+            ["disposition=\"success\",family=\"ipv4\"", "disposition=\"not_stun\",family=\"ipv4\""],
+            ["disposition=\"success\",family=\"ipv6\"", "disposition=\"not_stun\",family=\"ipv6\""],
+        ];
+        for (labels, value) in labels.into_iter().flatten().zip(counted.into_iter().flatten()) {
+            let help = "Datagrams that came to the STUN responder, by what became of them.";
+            text.add(Metric { name: "stun_requests", labels, kind: Kind::Counter, help }, value);
         }
     }
 }
@@ -141,7 +175,7 @@ pub(crate) fn state_dir(path: &Path) -> Result<(), Error> {
 }
 
 /// Says which address could not be had.
-fn listen_error(what: &str, address: SocketAddr, source: io::Error) -> Error {
+pub(crate) fn listen_error(what: &str, address: SocketAddr, source: io::Error) -> Error {
     Error::Listen { what: format!("{address} ({what})"), source }
 }
 
@@ -188,7 +222,7 @@ mod tests {
         let first = std::net::UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap();
         let Some(next) = second_port(&[first]) else { return };
         let _taken = std::net::UdpSocket::bind((first.ip(), next));
-        let bound = Stun::bind_pairs(&[first]).await.unwrap();
+        let bound = Stun::bind_pairs(&[first]).unwrap();
         assert_eq!(bound.addresses(), [first]);
     }
 

@@ -1,18 +1,21 @@
 //! A relay on its own, with a STUN responder beside it.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_derp::driver::server::{self as server, RelayServer, Sibling, Unreachable};
+use mesh_derp::login::MeshKey;
 use mesh_derp::map::{DerpNode, RegionId};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
+use crate::activation::Sockets;
 use crate::certificate::{Certificate, Server};
 use crate::error::Error;
+use crate::front::{self, Front};
 use crate::listen::{self, Place, Stun};
 use crate::state::StateDir;
 
@@ -58,6 +61,8 @@ pub struct Config {
     pub ca_file: Option<PathBuf>,
     /// How long [`Relay::shutdown`] may take to send clients away one after another. Default 5 s.
     pub grace: Duration,
+    /// Its front: numbers, proxies, limits.
+    pub front: Front,
 }
 
 impl Config {
@@ -77,6 +82,7 @@ impl Config {
             mesh_key_file: None,
             ca_file: None,
             grace: Duration::from_secs(5),
+            front: Front::default(),
         }
     }
 
@@ -110,6 +116,20 @@ pub fn describe(config: &Config) -> Result<DerpNode, Error> {
     Ok(place.nodes(pin).swap_remove(0))
 }
 
+/// Reads the secret that all relays of a region share from a file of 64 hexadecimal digits, or makes the file.
+///
+/// # Errors
+/// If the file cannot be read or made, or holds something else.
+pub fn mesh_key(file: &Path) -> Result<MeshKey, Error> {
+    let (key, made) =
+        server::load_or_generate_mesh_key(file).map_err(|source| Error::System { what: "the mesh key", source })?;
+    if made {
+        let file = file.display();
+        tracing::info!("made a mesh key: the other relays of the region need a copy of {file}");
+    }
+    Ok(key)
+}
+
 /// A running relay. Ends with [`shutdown`](Self::shutdown), or when dropped.
 #[derive(Debug)]
 pub struct Relay {
@@ -131,18 +151,31 @@ impl Relay {
     /// # Errors
     /// One line that says what to do.
     pub async fn start(config: Config) -> Result<Self, Error> {
+        let sockets = Sockets::bind(&config.listen, &config.stun)?;
+        Self::start_on(sockets, config).await
+    }
+
+    /// The same on sockets that are bound already, for the addresses that the configuration names.
+    ///
+    /// # Errors
+    /// As for [`Relay::start`].
+    #[expect(clippy::unused_async, reason = "tells the caller that a runtime is needed")]
+    pub async fn start_on(sockets: Sockets, config: Config) -> Result<Self, Error> {
         let state = StateDir::open(&config.state_dir)?;
         let certificate = config.certificate.open(config.server(&config.first()?.ip().to_string()))?;
         let key = server::load_or_generate_key(&config.state_dir)
             .map_err(|source| Error::System { what: "the relay's key", source })?;
-        let mut settings = server::Config::default();
+        let mut settings = server::Config { public: config.front.public(), ..server::Config::default() };
         let access = Access::prepare(&config, &mut settings)?;
         let server = RelayServer::new(key, settings);
-        let listeners = listen::tcp(&config.listen).await?;
         let mut accepting = JoinSet::new();
-        let (mut acceptor, look) = certificate.show(listeners, Some(server.public()), &mut accepting)?;
+        let (acceptor, look) = certificate.show(listen::tcp(sockets.tcp)?, Some(server.public()), &mut accepting)?;
+        let mut acceptor = acceptor.with_settings(config.front.listener());
+        let stun = Stun::on(sockets.udp)?;
         server.show(acceptor.watch());
-        Stun::bind(&config.stun).await?.serve(&mut accepting);
+        server.show(stun.watch());
+        stun.serve(&mut accepting);
+        front::refresh(&server, &mut accepting);
         let connections = TaskTracker::new();
         let (relay, tracker) = (Arc::clone(&server), connections.clone());
         accepting.spawn(async move {

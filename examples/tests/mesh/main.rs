@@ -14,6 +14,7 @@ mod keys;
 mod mistakes;
 mod net;
 mod outage;
+mod process;
 mod relays;
 mod sign_in;
 mod state;

@@ -32,6 +32,30 @@ impl StunServer {
         Ok(Self { socket: super::bind(address)?, other: None, responder: Mutex::new(Responder::default()) })
     }
 
+    /// The same on a socket that is bound already and does not block.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn from_socket(socket: std::net::UdpSocket) -> io::Result<Self> {
+        Ok(Self { socket: UdpSocket::from_std(socket)?, other: None, responder: Mutex::new(Responder::default()) })
+    }
+
+    /// The same as [`with_other_port`](Self::with_other_port) with a socket that is bound already and does not block.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn with_other_socket(mut self, other: std::net::UdpSocket) -> io::Result<Self> {
+        self.other = Some(UdpSocket::from_std(other)?);
+        self.responder = Mutex::new(self.responder.into_inner().unwrap_or_else(PoisonError::into_inner).paired());
+        Ok(self)
+    }
+
     /// Answers on another port of the same address as well, and from the other port those who ask for that. With two
     /// ports, clients find out whether their NAT maps and filters by port.
     ///

@@ -36,15 +36,7 @@ impl Access {
             settings.admission = Arc::new(AllOf(asked));
         }
         match &config.mesh_key_file {
-            Some(file) => {
-                let (key, made) = server::load_or_generate_mesh_key(file)
-                    .map_err(|source| Error::System { what: "the mesh key", source })?;
-                if made {
-                    let file = file.display();
-                    tracing::info!("made a mesh key: the other relays of the region need a copy of {file}");
-                }
-                settings.mesh_key = Some(key);
-            }
+            Some(file) => settings.mesh_key = Some(super::mesh_key(file)?),
             None if !config.mesh_with.is_empty() => {
                 let problem = "to join other relays, name the file with the mesh key that all of them share";
                 return Err(Error::Setting(problem.to_owned()));
