@@ -103,6 +103,7 @@ async fn request_heads_that_come_byte_by_byte_are_cut_off() {
     served.while_attacked(&mut attackers).await;
     assert!(begin.elapsed() >= Duration::from_millis(900), "they had their time");
     served.assert_undisturbed();
+    assert_eq!((relay.listener.counters().dropped_late, relay.listener.underway()), (60, 0));
     assert_eq!(relay.counters().connections, 2);
 }
 
@@ -204,6 +205,9 @@ async fn garbage_in_place_of_tls_and_within_it_ends_its_own_connection() {
     }
     served.while_attacked(&mut attackers).await;
     served.assert_undisturbed();
+    let counters = relay.listener.counters();
+    assert_eq!((counters.tls_failures + counters.ended_early, relay.listener.underway()), (40, 0), "{counters:?}");
+    assert!(counters.tls_failures >= 20, "{counters:?}");
     // A client that has logged in over TLS, and whose stream is then tampered with.
     let mut victim = client(relay.region(), trusting(), 1);
     connected(&mut victim).await;
