@@ -138,7 +138,7 @@ pub fn derp_session(bytes: &[u8]) {
     relay::queue(epoch(), bytes);
 }
 
-/// What comes before a relay's frames: the heads of HTTP requests and responses, and WebSocket messages.
+/// What comes before a relay's frames: a proxy's header, the heads of HTTP requests and responses, and WebSocket messages.
 ///
 /// # Panics
 /// When it has found a failure.

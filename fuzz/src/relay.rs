@@ -1,10 +1,11 @@
-//! What a relay reads before and after a login: HTTP heads, WebSocket messages, frames, and what becomes of packets in its
+//! What a relay reads before and after a login: a proxy's header, HTTP heads, WebSocket messages, frames, and what becomes of packets in its
 //! queue.
 
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use mesh_derp::login::ClientInfo;
+use mesh_derp::proxied::Progress;
 use mesh_derp::queue::{Depth, PacketQueue};
 use mesh_derp::server::{Connection, Input};
 use mesh_derp::upgrade::{self, parse_request, parse_response};
@@ -30,6 +31,19 @@ pub(crate) fn http(bytes: &[u8]) {
     }
     for role in [Role::Client, Role::Server] {
         messages(role, bytes);
+    }
+    proxied(bytes);
+}
+
+/// The header of a proxy, read as a listener does: never a byte more than it says it needs.
+fn proxied(bytes: &[u8]) {
+    let mut have = 0;
+    while let Ok(Progress::Needs(more)) = mesh_derp::proxied::read(&bytes[..have]) {
+        assert!(more > 0 && have + more <= 16 + 4096, "a header without end");
+        have += more;
+        if have > bytes.len() {
+            return;
+        }
     }
 }
 
