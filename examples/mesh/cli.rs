@@ -159,7 +159,7 @@ pub(crate) struct Relay {
     #[arg(long, value_name = "FILE")]
     pub(crate) allow_list: Option<PathBuf>,
     /// Pass packets on to this other relay of the region; repeat for several. Each relay has to name each other one, and may
-    /// name itself: https://HOST[:PORT][/ADDRESS][#sha256-raw:HEX], the pin as --print-node shows it as CertName.
+    /// name itself: `https://HOST[:PORT][/ADDRESS][#sha256-raw:HEX]`, the pin as --print-node shows it as CertName.
     #[arg(long, value_name = "URL", requires = "mesh_key_file")]
     pub(crate) mesh_with: Vec<Sibling>,
     /// The secret that all relays of the region share. Made if missing; give every other relay a copy.

@@ -23,7 +23,7 @@ const AT_ONCE: f64 = 0.6;
 /// Bulk work waits no longer than this at a time, whatever else has used the limit up.
 const LONGEST: Duration = Duration::from_millis(50);
 
-/// Says when there is headroom. See the [module doc](self).
+/// Says when bulk work may go on without getting near the limit: a tenth of it is left for what is urgent.
 #[derive(Debug, Default)]
 pub struct Headroom {
     limit: Option<CpuLimit>,

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! - Only who keeps *us* waiting is shown out, and only after [`Limits::patience`] in one stage. Sending a byte now and
-//!   then gains nothing. Those that are queued, or wait to be admitted, wait for us; when nobody else is left, new connections wait in the system's
-//!   queue, which is what a rush of reconnecting clients should do.
+//!   then gains nothing. Those that are queued, or wait to be admitted, wait for us; when nobody else is left, new
+//!   connections wait in the system's queue, which is what a rush of reconnecting clients should do.
 //! - One source may have [`Limits::per_source`] places. Beyond that it is its own oldest connection that goes, so one
 //!   address cannot push out the others. Sources are IPv4 addresses and IPv6 networks of 64 bits.
 //! - At most [`Limits::handshakes`] TLS handshakes are in memory at once; if others queue, one that is kept waiting by its
@@ -44,7 +44,7 @@ impl Default for Limits {
     }
 }
 
-/// What a connection is waiting for. See the drawing in the [module doc](self).
+/// What a connection is waiting for, in the order of its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// Its first byte.
@@ -94,7 +94,7 @@ struct Entry<T> {
     handle: T,
 }
 
-/// The connections that have not logged in, each with a handle by which its owner ends it. See the [module doc](self).
+/// The connections that have not logged in, each with a handle by which its owner ends it.
 #[derive(Debug)]
 pub struct Lobby<T> {
     limits: Limits,
