@@ -344,7 +344,8 @@ impl Session {
             self.registration.server.counters.pauses.add(1);
         }
         if end.is_some() || self.paused_until.is_some() {
-            self.reading = if read < slab::LITTLE { Reading::Free } else { Reading::Dry };
+            // Unless it was read dry, the stream may hold more already, and nothing need arrive for that.
+            self.reading = if end.is_none() || read < slab::LITTLE { Reading::Free } else { Reading::Dry };
             return Ok(false);
         }
         self.await_turn(cx, turns);
