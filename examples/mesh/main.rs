@@ -18,23 +18,8 @@ fn main() -> ExitCode {
     let mut cli = Cli::parse();
     start_logging(&cli.command);
     // The kernel changes one thread's user and one thread's sandbox at a time, so this comes before there are others.
-    let sockets = match &mut cli.command {
-        Command::Relay(options) => serve::prepare(options),
-        Command::Demo(_)
-        | Command::Coordinator(_)
-        | Command::Daemon(_)
-        | Command::Admin(_)
-        | Command::Up(_)
-        | Command::Login(_)
-        | Command::Down
-        | Command::Logout
-        | Command::Status(_)
-        | Command::Ip { .. }
-        | Command::Ping(_)
-        | Command::Set(_)
-        | Command::Netcheck(_)
-        | Command::Version => Ok(Sockets::default()),
-    };
+    let sockets =
+        if let Command::Relay(options) = &mut cli.command { serve::prepare(options) } else { Ok(Sockets::default()) };
     let sockets = match sockets {
         Ok(sockets) => sockets,
         Err(error) => {
